@@ -1,0 +1,42 @@
+# Everything that a newcomer or a developer types. All of it needs only python3 (3.11 or newer) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# The tests are small: one thread each runs faster on shared machines than many threads that wait for one another.
+
+.PHONY: demo test check bench docs slow clean
+
+demo: $(VENV)/.demo
+	$(BIN)/sumuk demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/generate.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python benchmarks/miniature.py
+	$(BIN)/python -m benchmarks.solver_table > docs/solvers.md
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps k-diffusion==0.1.1.post1
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,1 @@
+"""Floor 0: errors, registry, frozen configuration. Imports nothing of Sumuk."""
