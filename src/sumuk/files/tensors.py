@@ -1,0 +1,202 @@
+"""Tensors that are read when they are asked for, and written one at a time.
+
+A file, a shard set or a result of a conversion is a plain ``dict`` of names to :class:`Lazy`; to take a part
+of it, rename or merge is to build another dict. Nothing is read until a :meth:`Lazy.load`, which maps the
+file's pages without copying them. Looking at names and shapes needs no torch, so it is imported by the first
+load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from sumuk.base.errors import BadFile, BadInput
+from sumuk.files.atomic import replacing
+from sumuk.files.safetensors import BITS, Header, stamp
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """A tensor that can be had.
+
+    Attributes:
+        shape: sizes, outermost first.
+        dtype: name as in safetensors files (``"F16"``).
+        load: reads it.
+        source: the file that it comes from, for messages.
+    """
+
+    shape: Shape
+    dtype: str
+    load: Callable[[], Tensor] = field(repr=False, compare=False)
+    source: str = field(default="", compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def cast(self, dtype: torch.dtype) -> Lazy:
+        """The same numbers as another floating-point type; whole numbers stay as they are."""
+        if not self.dtype.startswith(("F", "BF")) or self.dtype == dtype_name(dtype):
+            return self
+        return replace(self, dtype=dtype_name(dtype), load=lambda: self.load().to(dtype))
+
+
+Tensors = dict[str, Lazy]
+
+
+def lazy(tensor: Tensor, source: str = "") -> Lazy:
+    """A tensor in memory as a :class:`Lazy`."""
+    return Lazy(tuple(tensor.shape), dtype_name(tensor.dtype), lambda: tensor, source)
+
+
+def from_header(header: Header) -> Tensors:
+    """The tensors of a safetensors file whose header was read and checked; the file is mapped at the first
+    load.
+    """
+    reader = _Reader(header)
+    return {
+        name: Lazy(info.shape, info.dtype, partial(reader.get, name), str(header.path))
+        for name, info in header.tensors.items()
+    }
+
+
+class _Reader:
+    """One mapped file, opened when first needed."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.handle: Any = None
+
+    def get(self, name: str) -> Tensor:
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        path = self.header.path
+        try:
+            if self.handle is None:
+                self.handle = safe_open(path, framework="pt", device="cpu").__enter__()
+                if stamp(path) != self.header.stamp:
+                    raise BadFile(
+                        f"{path}: was replaced since its header was read; try again", "file.changed"
+                    )
+            tensor: Tensor = self.handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BadFile(f"{path}: tensor {name!r} cannot be read: {error}", "safetensors.read") from error
+        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+            raise BadFile(f"{path}: BOOL tensor {name!r} holds other bytes than 0 and 1", "safetensors.bool")
+        return tensor
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Lazy | Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file in the memory of its largest tensor; the same tensors give the same bytes.
+
+    Wide elements come first and names are sorted, so that every tensor is aligned for mapping. The file
+    appears under its name when it is complete, see :mod:`~sumuk.files.atomic`.
+
+    Args:
+        path: where to; an existing file is replaced.
+        tensors: name -> tensor, loaded one at a time.
+        metadata: free texts.
+
+    Raises:
+        BadInput: a name, text or dtype that the format cannot hold.
+        BadFile: writing failed; the old file is as it was.
+    """
+    entries = {name: value if isinstance(value, Lazy) else lazy(value) for name, value in tensors.items()}
+    for key, text in (metadata or {}).items():
+        if not isinstance(text, str):
+            raise BadInput(f"metadata {key!r} is {type(text).__name__}; safetensors files hold only texts")
+    if "__metadata__" in entries or "" in entries:
+        raise BadInput("a tensor cannot be named '' or '__metadata__' in a safetensors file")
+    order = sorted(entries, key=lambda name: (-BITS[entries[name].dtype], name))
+    table: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))} if metadata else {}
+    at = 0
+    for name in order:
+        entry = entries[name]
+        end = at + entry.parameters * BITS[entry.dtype] // 8
+        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, end]}
+        at = end
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with replacing(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            file.write(_bytes(name, entries[name]))
+
+
+def _bytes(name: str, entry: Lazy) -> memoryview:
+    import torch
+
+    tensor = entry.load()
+    if tuple(tensor.shape) != entry.shape or dtype_name(tensor.dtype) != entry.dtype:
+        raise BadInput(
+            f"tensor {name!r} was announced as {entry.dtype} {list(entry.shape)} but is "
+            f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+        )
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+@lru_cache(maxsize=1)
+def _dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    return {
+        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+        "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+        "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+        "C64": torch.complex64,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    }  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a torch dtype in safetensors files: ``torch.float16 -> "F16"``.
+
+    Raises:
+        BadInput: the format does not hold it.
+    """
+    for name, known in _dtypes().items():
+        if known == dtype:
+            return name
+    raise BadInput(f"safetensors files cannot hold {dtype}")
+
+
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A torch dtype by any usual spelling: ``"bfloat16"``, ``"bf16"``, ``"BF16"``, ``torch.bfloat16``.
+
+    Raises:
+        BadInput: not a floating-point type that networks run in.
+    """
+    import torch
+
+    names = {
+        "float32": torch.float32, "f32": torch.float32, "fp32": torch.float32,
+        "float16": torch.float16, "f16": torch.float16, "fp16": torch.float16, "half": torch.float16,
+        "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+        "float64": torch.float64, "f64": torch.float64,
+    }  # fmt: skip
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
+    try:
+        return names[name.lower()]
+    except KeyError:
+        raise BadInput(f"dtype {name!r} is not one of float32, bfloat16, float16, float64") from None

@@ -1,0 +1,229 @@
+"""Loading a checkpoint as a model, in any layout that its family has.
+
+Read the header, build the networks on the ``meta`` device, check every name and shape against them, then put
+the memory-mapped tensors in their place. Nothing is copied unless the dtype or device changes, and then one
+tensor at a time. Saving is the way back, see :mod:`~sumuk.weights.writing`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sumuk.base.errors import BadFile, BadInput, MissingFile, nearest
+from sumuk.diffusion.prediction import PREDICTIONS
+from sumuk.families.detect import Match, Unknown
+from sumuk.families.family import Part
+from sumuk.files import layout
+from sumuk.files.tensors import Lazy, Shape, Tensors, torch_dtype
+from sumuk.nets.clip import ClipText
+from sumuk.nets.unet import UNet
+from sumuk.nets.vae import Vae
+from sumuk.weights import inspect, vocabulary
+from sumuk.weights.inspect import Opened
+from sumuk.weights.model import Model, WeightFile
+from sumuk.weights.source import read
+from sumuk.weights.writing import save
+
+__all__ = ["load", "save"]
+
+Place = str | os.PathLike[str]
+FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+def load(
+    path: Place,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    prediction: str | None = None,
+    *,
+    vae: Place | None = None,
+    text: Place | None = None,
+    ema: bool = False,
+    variant: str | None = None,
+    ignore: Sequence[str] = (),
+) -> Model:
+    """Load a model.
+
+    Args:
+        path: a ``.safetensors`` file, an ``.index.json``, or a folder.
+        device: where to.
+        dtype: of all networks. By default the one that most of the denoiser's tensors are stored in,
+            except that float16 and 8-bit floats become float32 on the CPU, which computes in them slowly or
+            not at all.
+        prediction: what the denoiser predicts (``eps``, ``v``), overruling the file and the family.
+        vae: another file that supplies the autoencoder, in place of the one in ``path`` if there is one.
+        text: another file that supplies the text tower.
+        ema: take the averaged weights of the denoiser (``model_ema.*``) instead of the plain ones.
+        variant: which weights of a diffusers folder, ``fp16`` for ``model.fp16.safetensors``.
+        ignore: patterns of further tensor names to do without (``"embedding_manager.*"``).
+
+    Returns:
+        The model, in evaluation mode and without gradients.
+
+    Raises:
+        MissingFile: a file is not there, or the checkpoint lacks a network and no other file supplies it.
+        BadFile: the file is damaged, of no known family, or holds tensors that the family does not explain.
+        BadInput: an unknown prediction, dtype or device.
+    """
+    source = read(path, variant)
+    opened = inspect.recognise(source)
+    if isinstance(opened.answer, Unknown):
+        raise BadFile(f"{path}: unknown model: {opened.answer.why}", "model.unknown")
+    family = opened.family
+    chosen = PREDICTIONS[prediction or opened.prediction().value]
+    given = {"vae": vae, "text": text}
+    supplied = {name: _supply(place, name) for name, place in given.items() if place is not None}
+    sources = (source, *(other.source for other in supplied.values()))
+    networks: dict[str, nn.Module] = {}
+    plans: list[tuple[nn.Module, Tensors]] = []
+    for part in family.parts:
+        origin = supplied.get(part.name, opened)
+        if not origin.has(part):
+            raise MissingFile(f"{path}: has no {part.title} ({part.name}); it is supplied by {part.supplier}")
+        tensors = origin.tensors(part.name)
+        if ema and part.name == "denoiser":
+            tensors = _averaged(opened, tensors)
+        networks[part.name] = _build(part, tensors, origin)
+        plans.append((networks[part.name], tensors))
+    for origin in (opened, *supplied.values()):
+        _refuse_leftovers(origin, ignore)
+    wanted = _dtype(plans[0][1], torch.device(device), dtype)
+    denoiser, autoencoder, tower = (networks[name] for name in ("denoiser", "vae", "text"))
+    assert isinstance(denoiser, UNet) and isinstance(autoencoder, Vae) and isinstance(tower, ClipText)
+    tokens = vocabulary.read(supplied.get("text", opened), tower.shape)
+    tower.eos = tokens.eos
+    latent = replace(opened.latent(), stride=autoencoder.stride)
+    if latent.channels != (made := autoencoder.shape.channels):
+        raise BadFile(
+            f"{sources[-1].path}: an autoencoder of {made} latent channels does not fit a U-Net that predicts "
+            f"{latent.channels}",
+            "model.part",
+        )
+    for network, tensors in plans:
+        _fill(network, tensors, torch.device(device), wanted)
+    return Model(
+        family=family,
+        denoiser=denoiser,
+        vae=autoencoder,
+        text=tower,
+        tokens=tokens,
+        schedule=opened.schedule(),
+        prediction=chosen,
+        latent=latent,
+        size=opened.size(),
+        metadata=dict(source.metadata),
+        found=inspect.describe(opened),
+        files=tuple(WeightFile(file) for each in sources for file in each.files),
+    )
+
+
+def _supply(path: Place, name: str) -> Opened:
+    """Another file that holds the part ``name``, alone or among others."""
+    opened = inspect.recognise(read(path))
+    answer = opened.answer
+    parts = answer.family.parts if isinstance(answer, Match) else answer.parts
+    if not any(part.name == name and opened.has(part) for part in parts):
+        why = f": {answer.why}" if isinstance(answer, Unknown) else ""
+        raise BadFile(f"{path}: has no part {name!r} to supply{why}", "model.part")
+    return opened
+
+
+def _build(part: Part, tensors: Tensors, origin: Opened) -> nn.Module:
+    """The network without numbers, each of its names and shapes checked against the file's."""
+    where = origin.source.path
+    try:
+        with torch.device("meta"):
+            network = part.build({name: tensor.shape for name, tensor in tensors.items()})
+    except (BadFile, BadInput) as error:
+        raise BadFile(f"{where}: {part.title}: {error}", "model.shape") from error
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    if lost := [name for name in expected if name not in tensors]:
+        raise BadFile(
+            f"{where}: {part.title} lacks {len(lost)} tensors: "
+            f"{layout.some(_as_in_file(origin, part, expected, lost))}",
+            "model.missing",
+        )
+    if extra := [name for name in tensors if name not in expected]:
+        native = f"{part.name}.{extra[0]}"
+        theirs = origin.moved.origin[native][0]
+        raise BadFile(
+            f"{where}: {part.title} has no place for {len(extra)} tensors, such as {theirs!r}"
+            f"{nearest(extra[0], expected)}",
+            "model.extra",
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise BadFile(
+                f"{where}: {name!r} has the shape {list(tensors[name].shape)}, not {list(shape)}",
+                "model.shape",
+            )
+    return network
+
+
+def _as_in_file(origin: Opened, part: Part, expected: Mapping[str, Shape], lost: list[str]) -> list[str]:
+    """Native names as the file at hand would spell them."""
+    arrangement = origin.answer.arrangement
+    assert arrangement is not None  # it holds the part
+    whole = {f"{part.name}.{name}": Lazy(shape, "F32", _never) for name, shape in expected.items()}
+    spelt = arrangement.layout(whole, backward=True).backward(whole)
+    native = {f"{part.name}.{name}" for name in lost}
+    return [name for name, sources in spelt.origin.items() if native & set(sources)]
+
+
+def _never() -> torch.Tensor:
+    raise AssertionError("only names and shapes are known")
+
+
+def _refuse_leftovers(origin: Opened, ignored: Sequence[str]) -> None:
+    moved = origin.moved
+    patterns = [layout.Pattern(text) for text in ignored]
+    unknown = [name for name in moved.unknown if all(pattern.read(name) is None for pattern in patterns)]
+    if unknown:
+        hint = nearest(unknown[0], [name for names in moved.origin.values() for name in names])
+        hint = hint if hint.startswith("; did") else ""
+        raise BadFile(
+            f"{origin.source.path}: holds {len(unknown)} tensors that its family does not know: "
+            f"{layout.some(unknown)}{hint}; to load without them give their names as ignore=",
+            "model.unknown_tensors",
+        )
+    replace(moved, unknown=[]).refuse_leftovers(str(origin.source.path))
+
+
+def _averaged(opened: Opened, tensors: Tensors) -> Tensors:
+    """The denoiser's running averages, whose names are those of the training module with all dots removed."""
+    averages = {name: "model_ema.diffusion_model" + name.replace(".", "") for name in tensors}
+    lost = [name for name in averages.values() if name not in opened.source.tensors]
+    if lost:
+        raise BadFile(
+            f"{opened.source.path}: lacks {len(lost)} averaged weights, such as {lost[0]!r}; "
+            "load with ema=False",
+            "model.ema",
+        )
+    return {name: opened.source.tensors[average] for name, average in averages.items()}
+
+
+def _dtype(denoiser: Tensors, device: torch.device, dtype: str | torch.dtype | None) -> torch.dtype:
+    if dtype is not None:
+        return torch_dtype(dtype)
+    counts = dict.fromkeys(FLOATS, 0)
+    for tensor in denoiser.values():
+        if tensor.dtype in counts:
+            counts[tensor.dtype] += 1
+    stored = max(counts, key=lambda name: counts[name])
+    slow = device.type == "cpu" and stored == "F16"
+    return torch.float32 if slow or not counts[stored] else torch_dtype(stored)
+
+
+def _fill(network: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the tensors into the network, each in the target's dtype and place."""
+    state = {}
+    for name, tensor in tensors.items():
+        value = tensor.load()
+        state[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+    network.load_state_dict(state, strict=True, assign=True)
+    network.eval().requires_grad_(False)

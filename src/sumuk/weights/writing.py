@@ -1,0 +1,128 @@
+"""Saving a model: the rules of its layout read backward, one tensor at a time, complete or not at all.
+
+What is no tensor goes where the layout has a place for it: into the header's metadata (modelspec names, and
+``sumuk.*`` for what those lack), or into the JSON files of a diffusers folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sumuk.base.errors import BadInput, nearest
+from sumuk.families.family import Arrangement, Family
+from sumuk.files.atomic import creating, replacing
+from sumuk.files.tensors import Tensors, lazy, torch_dtype, write
+from sumuk.weights import vocabulary
+from sumuk.weights.model import Model
+
+MODELSPEC = "1.0.1"
+PREDICTION = {"eps": "epsilon", "v": "v", "clean": "sample", "flow": "flow"}
+"""Names in the table of predictions -> what ``modelspec.prediction_type`` calls them."""
+
+
+def save(
+    model: Model,
+    path: str | os.PathLike[str],
+    layout: str = "single",
+    dtype: str | torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Save a model.
+
+    Args:
+        model: what to save; a trained one is ``dataclasses.replace(model, denoiser=...)`` or a new ``Model``.
+        path: a ``.safetensors`` file, replaced when the new one is complete; for ``diffusers`` a new folder.
+        layout: ``single`` (the original publication's) or ``diffusers``.
+        dtype: floating-point type to store; as the networks are by default.
+        metadata: further texts for the header, over those that the model had.
+
+    Raises:
+        BadInput: a layout that the family does not have, a dtype that is none, a folder that is not empty,
+            metadata that contradict the model.
+        BadFile: writing failed; what was there before is as it was.
+    """
+    arrangement = _arrangement(model.family, layout)
+    native: Tensors = {}
+    for part in model.family.parts:
+        for name, value in model.parts[part.name].state_dict().items():
+            one = lazy(value)
+            native[f"{part.name}.{name}"] = one if dtype is None else one.cast(torch_dtype(dtype))
+    moved = arrangement.layout(native, backward=True).backward(native)
+    moved.refuse_leftovers(str(path))
+    texts = _texts(model, metadata or {})
+    if arrangement.dialect == "original":
+        _single(model, Path(path), moved.tensors, texts)
+    else:
+        _folder(model, Path(path), arrangement, moved.tensors, texts)
+
+
+def _arrangement(family: Family, name: str) -> Arrangement:
+    whole = {each.name: each for each in family.arrangements if not each.name.startswith("bare")}
+    if name not in whole:
+        raise BadInput(f"{family.title} cannot be saved in the layout {name!r}{nearest(name, whole)}")
+    return whole[name]
+
+
+def _texts(model: Model, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a file: what the model had, what the caller adds, and what the model is."""
+    facts = model.facts
+    kept = {key: text for key, text in model.metadata.items() if not key.startswith("sumuk.")}
+    said = {
+        "format": "pt",
+        "modelspec.sai_model_spec": MODELSPEC,
+        "modelspec.architecture": model.family.architecture,
+        "modelspec.prediction_type": PREDICTION[facts.prediction],
+    }
+    if facts.latent.scale != model.family.latent.scale:
+        said["sumuk.latent_scale"] = repr(facts.latent.scale)
+    if facts.latent.shift != model.family.latent.shift:
+        said["sumuk.latent_shift"] = repr(facts.latent.shift)
+    for key, text in metadata.items():
+        if said.get(key, text) != text:
+            raise BadInput(f"metadata {key} {text!r:.60} contradicts the model, which has {said[key]!r:.60}")
+    usual = {
+        "modelspec.title": model.family.title,
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.resolution": f"{facts.size}x{facts.size}",
+    }
+    return usual | kept | dict(metadata) | said
+
+
+def _single(model: Model, path: Path, tensors: Tensors, texts: dict[str, str]) -> None:
+    if not vocabulary.is_openai(model.tokens, model.text.shape):
+        texts[vocabulary.META] = model.tokens.to_json()
+    marker = lazy(torch.empty(0))
+    if model.facts.prediction == "v":
+        tensors["v_pred"] = marker
+    if model.facts.zero_snr:
+        tensors["ztsnr"] = marker
+    write(path, tensors, texts)
+
+
+def _folder(
+    model: Model, path: Path, arrangement: Arrangement, tensors: Tensors, texts: dict[str, str]
+) -> None:
+    said = model.family.folder(model.facts)
+    with creating(path) as folder:
+        for part, prefix in arrangement.parts:
+            place = folder / prefix
+            place.mkdir()
+            own = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+            write(place / part.file, own, texts if part.name == "denoiser" else {"format": "pt"})
+            shapes = {name: tuple(one.shape) for name, one in model.parts[part.name].state_dict().items()}
+            said[f"{prefix}config.json"] = part.config(shapes) | said.get(f"{prefix}config.json", {})
+        for name, table in said.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            _json(folder / name, table)
+        vocabulary.write_folder(model.tokens, folder / vocabulary.FOLDER)
+
+
+def _json(path: Path, table: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
