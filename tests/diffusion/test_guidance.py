@@ -239,7 +239,8 @@ def test_cancelling_closes_the_sampler():
         finally:
             closed.append(True)
 
-    coroutine = guided(asks(), EPS, lambda step: Conditions(((0.0, 1.0),)), Plain(), steps=1)
+    walk = asks()  # held here, so that no garbage collection closes it
+    coroutine = guided(walk, EPS, lambda step: Conditions(((0.0, 1.0),)), Plain(), steps=1)
     next(coroutine)
     coroutine.close()
     assert closed == [True]

@@ -81,7 +81,15 @@ class Schedule(ABC):
 
     @abstractmethod
     def level(self, time: float) -> Level:
-        """The level at a network time in [first, last]."""
+        """The level at a network time in [first, last].
+
+        Raises:
+            BadInput: a time outside of that range.
+        """
+
+    def _check(self, time: float) -> None:
+        if not self.first <= time <= self.last:
+            raise BadInput(f"time {time} is outside the trained range {self.first:g} to {self.last:g}")
 
     @abstractmethod
     def time(self, level: Level) -> float:
@@ -142,8 +150,7 @@ class Discrete(VariancePreserving):
         self._angles = [math.atan2(level.sigma, level.alpha) for level in self._levels]
 
     def level(self, time: float) -> Level:
-        if not self.first <= time <= self.last:
-            raise BadInput(f"time {time} is outside the trained range {self.first:g} to {self.last:g}")
+        self._check(time)
         low = min(int(time), len(self._levels) - 2)
         part = time - low
         if part == 0.0:
@@ -219,6 +226,7 @@ class ContinuousVP(VariancePreserving):
         self.first, self.last = 1e-5 * scale, scale
 
     def level(self, time: float) -> Level:
+        self._check(time)
         t = time / self.scale
         log_alpha = -0.25 * t * t * (self.end - self.start) - 0.5 * t * self.start
         return Level(math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha)), self)
@@ -241,6 +249,7 @@ class VarianceExploding(Schedule):
         self.first, self.last = least, most
 
     def level(self, time: float) -> Level:
+        self._check(time)
         return Level(1.0, time, self)
 
     def time(self, level: Level) -> float:
@@ -268,6 +277,7 @@ class Flow(Schedule):
         self.first, self.last = 0.0, scale
 
     def level(self, time: float) -> Level:
+        self._check(time)
         t = time / self.scale
         return Level(1.0 - t, t, self)
 
