@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.nets.inventories import inventory, shapes_of
 from torch import Tensor
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.clip import ClipShape, ClipText, OpenClipText, TextOutput, clip_shape, open_clip_shape
 
-KEYS = Path(__file__).parents[2].parent / "shared" / "facts" / "keys"
 SMALL = ClipShape(vocabulary=100, length=16, width=128, depth=3, hidden=192)
 OPTIONAL = {"text_model.embeddings.position_ids", "logit_scale"}  # in files, not parameters
-
-
-def inventory(name: str) -> dict[str, tuple[int, ...]]:
-    path = KEYS / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"{name} inventory absent")
-    return {key: tuple(size) for key, size in json.loads(path.read_text())["tensors"].items()}
-
-
-def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def without_optional(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from tests.nets.inventories import inventory, shapes_of
 from torch import Tensor
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.tiny import TinyDecoder, TinyEncoder, TinyShape, tiny_decoder_shape, tiny_encoder_shape
 
-KEYS = Path(__file__).parents[2].parent / "shared" / "facts" / "keys"
 FAMILIES = {"taesd": 4, "taesdxl": 4, "taesd3": 16, "taef1": 16}
-
-
-def inventory(name: str) -> dict[str, tuple[int, ...]]:
-    path = KEYS / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"{name} inventory absent")
-    return {key: tuple(size) for key, size in json.loads(path.read_text())["tensors"].items()}
-
-
-def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def pair(shape: TinyShape) -> tuple[TinyEncoder, TinyDecoder]:

@@ -5,30 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.nets.inventories import KEYS, inventory, shapes_of
 from torch import Tensor
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.vae import Moments, Vae, VaeShape, _tiled, vae_shape
 
-KEYS = Path(__file__).parents[2].parent / "shared" / "facts" / "keys"
 SMALL = VaeShape(width=32, multiples=(1, 2, 2))
 RAW16 = VaeShape(width=32, multiples=(1, 2, 4, 4), blocks=1, latent=16, quantised=None)
-
-
-def inventory(name: str) -> dict[str, tuple[int, ...]]:
-    path = KEYS / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"{name} inventory absent")
-    return {key: tuple(size) for key, size in json.loads(path.read_text())["tensors"].items()}
-
-
-def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def network(shape: VaeShape, seed: int = 0) -> Vae:

@@ -291,7 +291,8 @@ class Flow(Schedule):
 
     def shifted(self, t: float) -> Level:
         """The level of an unshifted t in [0, 1]."""
-        return self.level(self.scale * self.shift * t / (1.0 + (self.shift - 1.0) * t))
+        shifted = self.shift * t / (1.0 + (self.shift - 1.0) * t)
+        return self.level(min(self.scale * shifted, self.last))  # rounding may pass the end by a unit
 
 
 def resolution_shift(
