@@ -1,0 +1,5 @@
+"""``python -m sumuk``."""
+
+from sumuk.cli.main import main
+
+main()

@@ -1,0 +1,194 @@
+"""The command line's table: verb -> function.
+
+Each verb lives in its own module and is imported when it is called, so that ``sumuk --help`` answers at once.
+Errors that the caller can mend are one line on standard error and exit code 2; a stop by Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sumuk.base.errors import SumukError
+
+app = typer.Typer(
+    name="sumuk",
+    help="Runs, inspects and trains models of the Stable Diffusion lineage.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", "-m", help="Checkpoint file or folder; the miniature if left out.")
+]
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+"""click's base of errors in the arguments, from click or from the copy inside newer versions of typer."""
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw, in A1111's grammar.")],
+    out: OutOption = Path("sumuk.png"),
+    model: ModelOption = None,
+    negative: Annotated[str | None, typer.Option("--negative", "-n", help="What not to draw.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver; the family's if left out.")] = None,
+    solver: Annotated[str | None, typer.Option(help="See 'sumuk solvers'; dpmpp-2m if left out.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Step spacing; the solver's usual one if left out.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Fresh noise, for solvers that have it.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    rescale: Annotated[float | None, typer.Option(help="Guidance rescale, 0 (none) to 1.")] = None,
+    guidance_start: Annotated[float | None, typer.Option(help="Guide from this share of the steps.")] = None,
+    guidance_end: Annotated[float | None, typer.Option(help="Guide up to this share of the steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; drawn if left out.")] = None,
+    variation_seed: Annotated[int | None, typer.Option(help="Second seed to go towards.")] = None,
+    variation: Annotated[float | None, typer.Option(help="How far to go towards it, 0 to 1.")] = None,
+    count: Annotated[int | None, typer.Option(help="How many pictures; the seed counts up.")] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="1: last layer of the text tower, 2: the one before it.")
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Picture to begin from.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it is drawn anew; 0.75.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White is drawn anew, black is kept.")] = None,
+    mask_blur: Annotated[int | None, typer.Option(help="Softness of the mask's edge in pixels; 2.")] = None,
+    hires: Annotated[float | None, typer.Option(help="Second pass at this many times the size.")] = None,
+    hires_strength: Annotated[
+        float | None, typer.Option(help="How much the second pass draws anew; 0.5.")
+    ] = None,
+    hires_steps: Annotated[
+        int | None, typer.Option(help="Steps of the second pass; as the first if left out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; from file and device if left out.")
+    ] = None,
+    prediction: Annotated[str | None, typer.Option(help="eps, v: if the file does not say.")] = None,
+    mode: Annotated[str | None, typer.Option(help="exact: same bits alone and in company; fast.")] = None,
+) -> None:
+    """Draw pictures from text, from a picture, or inside a mask."""
+    from sumuk.cli.draw import run_generate
+
+    values = {
+        "prompt": prompt,
+        "negative": negative,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "solver": solver,
+        "grid": grid,
+        "eta": eta,
+        "guidance": guidance,
+        "rescale": rescale,
+        "guidance_start": guidance_start,
+        "guidance_end": guidance_end,
+        "seed": seed,
+        "variation_seed": variation_seed,
+        "variation": variation,
+        "count": count,
+        "clip_skip": clip_skip,
+        "init": init,
+        "strength": strength,
+        "mask": mask,
+        "mask_blur": mask_blur,
+    }
+    how = {"device": device, "dtype": dtype, "prediction": prediction}
+    second = {"scale": hires, "strength": hires_strength, "steps": hires_steps}
+    run_generate(out, model, how, mode, values, second)
+
+
+@app.command()
+def replay(
+    image: Annotated[Path, typer.Argument(help="A PNG that Sumuk wrote.")],
+    model: ModelOption = None,
+    init: Annotated[Path | None, typer.Option(help="The picture it began from, if it did.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask that was used, if one was.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write the picture drawn again.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute; where it was made if left out.")
+    ] = None,
+) -> None:
+    """Draw a picture again from its receipt; say identical, within tolerance, or why not."""
+    from sumuk.cli.draw import run_replay
+
+    run_replay(image, model, init, mask, out, device)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint file or folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is, from its header alone."""
+    from sumuk.cli.tell import run_inspect
+
+    run_inspect(path, as_json)
+
+
+@app.command()
+def solvers() -> None:
+    """List solvers and step spacings."""
+    from sumuk.cli.tell import run_solvers
+
+    run_solvers()
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A recipe's TOML file.")],
+    images: Annotated[int | None, typer.Option(help="Images to see, instead of the file's number.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+) -> None:
+    """Train by a recipe; goes on where it stopped."""
+    from sumuk.cli.learn import run_train
+
+    run_train(config, images, threads)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("sumuk-demo.png"),
+) -> None:
+    """Draw a sheet of pictures with the miniature."""
+    from sumuk.cli.draw import run_demo
+
+    run_demo(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the ``sumuk`` command.
+
+    Args:
+        arguments: instead of those of the process.
+    """
+    try:
+        code = app(arguments, standalone_mode=False)
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(str(error))
+            sys.exit(2)
+        _complain(error.format_message())  # type: ignore[attr-defined]
+    except SumukError as error:
+        _complain(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        typer.secho("sumuk: stopped", err=True)
+    sys.exit(code or 0)
+
+
+def _complain(message: str) -> None:
+    """One line, whatever a file's name or text may hold."""
+    line = "".join(each if each.isprintable() else " " for each in " ".join(message.split()))
+    typer.secho(f"sumuk: {line}", err=True, fg="red")
+    sys.exit(2)

@@ -1,0 +1,190 @@
+"""Prompts to what the network reads: chunks of tokens through a text tower, weighted, side by side.
+
+A tower reads rows of L tokens (77). Longer text becomes chunks of L - 2, each with its own begin, end and
+padding, and their outputs stand one after the other: a context [1, chunks * L, D]. When a chunk is full and a
+comma lies at most 20 tokens back, what follows the comma moves to the next chunk whole.
+
+Emphasis acts on a chunk's output z [L, D] with the weight w of each token (1 for begin, end and padding):
+
+    original   z' = w z * mean(z) / mean(w z)
+    no-norm    z' = w z
+    none       z' = z, weights are not used
+
+Some towers end in a norm that leaves no mean but rounding errors (below 0.001 of mean |z|). There is nothing to
+restore then, and a ratio of errors would be noise: "original" leaves w z as it is.
+
+Source: AUTOMATIC1111 stable-diffusion-webui 1.10, settings "Emphasis mode" ("none" is its "Ignore") and
+"Prompt word wrap length limit". There the mean runs over all the texts that are encoded at once; here over
+one chunk of one text, so that a picture does not change with its company.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sumuk.base.errors import BadInput, nearest
+from sumuk.generate.prompt import BREAK, Prompt, SubPrompt, parse
+from sumuk.nets.tokens import ClipTokens
+
+Emphasis = Literal["original", "no-norm", "none"]
+EMPHASES: tuple[Emphasis, ...] = ("original", "no-norm", "none")
+SMALLEST_MEAN = 1e-3
+"""Of |z|, for a mean that is more than rounding errors; half precision makes some 1e-4 of them."""
+BACKTRACK = 20
+"""Tokens after a comma that may move to the next chunk."""
+MOST_CHUNKS = 64
+"""Of one text."""
+MOST_TEXTS = 1024
+"""Different texts of one prompt over all steps."""
+
+Contexts: TypeAlias = tuple[tuple[Tensor, float], ...]
+"""For each sub-prompt its context [1, chunks * L, D] and its weight."""
+
+
+class TextTower(Protocol):
+    """Reads rows of tokens. Which layer it takes (clip skip) and whether it is normed is its own affair."""
+
+    @property
+    def tokens(self) -> ClipTokens:
+        """The vocabulary, the length of a row and its special tokens."""
+        ...
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Rows [n, L] of int64 on the CPU to [n, L, D] on any device."""
+        ...
+
+
+@dataclass
+class _Chunk:
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+def contexts(
+    prompt: Prompt,
+    tower: TextTower,
+    steps: int,
+    emphasis: Emphasis = "original",
+    *,
+    base: int | None = None,
+) -> list[Contexts]:
+    """The contexts of every step; steps that read the same share the same tensors, each text is encoded once.
+
+    Args:
+        prompt: what was parsed.
+        tower: the text tower.
+        steps: steps of this pass; item i of the result belongs to step i + 1.
+        emphasis: how weights act.
+        base: steps of the first pass, if this is a second.
+
+    Raises:
+        BadInput: an unknown emphasis, steps below 1, more text than is encoded, or weights that leave no
+            finite number.
+    """
+    if emphasis not in EMPHASES:
+        raise BadInput(f"unknown emphasis {emphasis!r}{nearest(emphasis, EMPHASES)}")
+    if steps < 1:
+        raise BadInput(f"steps must be at least 1, got {steps}")
+    known: dict[tuple[object, ...], Tensor] = {}
+    changes = prompt.changes(steps, base)
+    found: list[Contexts] = []
+    for step, following in zip(changes, [*changes[1:], steps + 1], strict=True):
+        here: list[tuple[Tensor, float]] = []
+        for part in prompt.at(step, steps, base):
+            if part.segments not in known:
+                if len(known) == MOST_TEXTS:
+                    raise BadInput(f"the prompt reads more than {MOST_TEXTS} different ways; alternate less")
+                known[part.segments] = _encode(part, tower, emphasis)
+            here.append((known[part.segments], part.weight))
+        found += [tuple(here)] * (following - step)
+    return found
+
+
+def empty_context(tower: TextTower) -> Tensor:
+    """What the tower makes of no words, [1, L, D]."""
+    return contexts(parse(""), tower, 1)[0][0][0]
+
+
+def match_lengths(a: Tensor, b: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes two contexts equally long, so that they fit one forward: chunks of no words follow the shorter.
+
+    Args:
+        a, b: [B, n, D] with any n that are multiples of L.
+        empty: [1, L, D], :func:`empty_context`.
+
+    Raises:
+        BadInput: lengths that are no multiple of L.
+    """
+    for each in (a, b):
+        if each.shape[1] % empty.shape[1]:
+            raise BadInput(f"a context of {each.shape[1]} tokens is not made of chunks of {empty.shape[1]}")
+    longest = max(a.shape[1], b.shape[1])
+    return _lengthen(a, longest, empty), _lengthen(b, longest, empty)
+
+
+def _lengthen(context: Tensor, length: int, empty: Tensor) -> Tensor:
+    missing = (length - context.shape[1]) // empty.shape[1]
+    if not missing:
+        return context
+    return torch.cat([context, empty.to(context).repeat(len(context), missing, 1)], dim=1)
+
+
+def _encode(part: SubPrompt, tower: TextTower, emphasis: Emphasis) -> Tensor:
+    """One text to its context [1, chunks * L, D]."""
+    tokens = tower.tokens
+    chunks = _chunks(part, tokens)
+    z = tower.encode(torch.tensor([tokens.row(chunk.ids) for chunk in chunks], dtype=torch.int64))
+    rows = [[1.0, *chunk.weights] + [1.0] * (tokens.length - 1 - len(chunk.weights)) for chunk in chunks]
+    if emphasis != "none" and any(weight != 1.0 for row in rows for weight in row):
+        z = _emphasise(z, torch.tensor(rows, dtype=z.dtype, device=z.device), restore=emphasis == "original")
+    return z.reshape(1, -1, z.shape[-1])
+
+
+def _emphasise(z: Tensor, weights: Tensor, restore: bool) -> Tensor:
+    """``z`` [n, L, D] times ``weights`` [n, L], each chunk brought back to its mean if ``restore``."""
+    weighted = z * weights[..., None]
+    if restore:
+        # double: the mean of thousands of numbers of both signs is small beside them
+        before, after, size = (each.double().mean(dim=(1, 2)) for each in (z, weighted, z.abs()))
+        useful = (before.abs() > SMALLEST_MEAN * size) & (weights != 1).any(dim=1)
+        weighted = weighted * torch.where(useful, before / after, 1.0).to(z)[:, None, None]
+    if not torch.isfinite(weighted).all():
+        raise BadInput("the weights of the prompt leave no finite text encoding; bring them closer to 1")
+    return weighted
+
+
+def _chunks(part: SubPrompt, tokens: ClipTokens) -> list[_Chunk]:
+    """Tokens in chunks of at most ``length - 2``; at least one chunk."""
+    room = tokens.length - 2
+    comma = tokens.encode(",")[-1:]
+    done: list[_Chunk] = []
+    chunk, last_comma = _Chunk(), -1
+
+    def finish(moved: _Chunk) -> None:
+        nonlocal chunk, last_comma
+        if len(done) == MOST_CHUNKS - 1:
+            raise BadInput(f"the prompt fills more than {MOST_CHUNKS} chunks of {room} tokens; shorten it")
+        done.append(chunk)
+        chunk, last_comma = moved, -1
+
+    for segment in part.segments:
+        if segment is BREAK:
+            finish(_Chunk())
+            continue
+        for token in tokens.encode(segment.text):
+            if [token] == comma:
+                last_comma = len(chunk.ids)  # forgotten at once if the chunk is full, as in the original
+            elif len(chunk.ids) == room and last_comma >= 0 and room - last_comma <= BACKTRACK:
+                cut = last_comma + 1
+                moved = _Chunk(chunk.ids[cut:], chunk.weights[cut:])
+                chunk = _Chunk(chunk.ids[:cut], chunk.weights[:cut])
+                finish(moved)
+            if len(chunk.ids) == room:
+                finish(_Chunk())
+            chunk.ids.append(token)
+            chunk.weights.append(segment.weight)
+    return [*done, chunk] if chunk.ids or not done else done

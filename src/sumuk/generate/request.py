@@ -1,0 +1,262 @@
+"""A request: what someone wants drawn, as one frozen value.
+
+It comes from the command line, Python, HTTP or the page, and is written into every image that it made. Flags and
+JSON schema derive from the fields below, so each has its default, bounds and help in one place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import reprlib
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from sumuk.base.errors import BadFile, BadInput, MissingFile, SumukError, nearest
+
+MOST_PIXELS = 4096 * 4096
+"""Pixels of one picture, drawn or given."""
+MOST_BYTES = 256 * 2**20
+"""Of a picture's file."""
+FORMATS = ("PNG", "JPEG", "WEBP")
+SEEDS = 2**64
+
+
+def read_image(source: Any) -> Image.Image:
+    """A picture from a path, bytes or PIL image, as it is meant to be seen: RGB, RGBA or L, 8 bits, turned upright.
+
+    Raises:
+        MissingFile, BadFile, BadInput: see :func:`open_image`; a picture without a defined white (mode F).
+    """
+    name, image = open_image(source)
+    try:
+        return _plain(image)
+    except SumukError:
+        raise
+    except Exception as error:  # damaged EXIF or palettes: Pillow's errors there have no common base
+        raise BadFile(f"{name} cannot be decoded: {error}", "image.damaged") from None
+
+
+def open_image(source: Any, formats: tuple[str, ...] = FORMATS) -> tuple[str, Image.Image]:
+    """A picture, decoded but otherwise as it is in its file, and what to call it in messages.
+
+    The header is read first, and nothing is decoded that is too large or of another format.
+
+    Raises:
+        MissingFile: no such file.
+        BadFile: not such a picture, damaged, or animated.
+        BadInput: too many pixels, or no picture at all.
+    """
+    name, content = _content(source)
+    allowed = ", ".join(formats[:-1]) + " or " * (len(formats) > 1) + formats[-1]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is lower
+            image = content if isinstance(content, Image.Image) else Image.open(content, formats=formats)
+        if image.width * image.height > MOST_PIXELS:
+            raise BadInput(
+                f"{name} has {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are read"
+            )
+        if getattr(image, "is_animated", False) and image.format in ("PNG", "WEBP"):
+            raise BadFile(f"{name} is animated; save the frame that you mean by itself", "image.animated")
+        image.load()
+    except SumukError:
+        raise
+    except UnidentifiedImageError:
+        raise BadFile(f"{name} is no {allowed} picture", "image.format") from None
+    except Exception as error:  # decoders of damaged files raise anything; the remedy is the same
+        raise BadFile(f"{name} cannot be decoded: {error}", "image.damaged") from None
+    return name, image
+
+
+def _content(source: Any) -> tuple[str, Image.Image | io.BytesIO]:
+    if isinstance(source, Image.Image):
+        return "the picture", source
+    if isinstance(source, bytes):
+        name, size = f"the picture of {len(source):,} bytes", len(source)
+    elif isinstance(source, (str, Path)):
+        source = Path(source)
+        if not source.is_file():
+            raise MissingFile(f"no image at {source}")
+        name, size = str(source), source.stat().st_size
+    else:
+        raise BadInput(f"an image is a path, bytes or a PIL image, not {type(source).__name__}")
+    if size > MOST_BYTES:
+        raise BadFile(f"{name} has {size:,} bytes; at most {MOST_BYTES:,} are read", "image.large")
+    try:
+        return name, io.BytesIO(source if isinstance(source, bytes) else source.read_bytes())
+    except OSError as error:
+        raise BadFile(f"{name} cannot be read: {error.strerror or error}", "image.unreadable") from None
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """A copy in RGB, RGBA or L, upright as its EXIF says, with nothing hidden beside the pixels."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadInput("a picture of floating-point numbers has no defined white; convert it to 8 bits")
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them to white
+        deep = np.asarray(image, np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise BadInput("a picture of 32-bit numbers has no defined white; convert it to 8 bits")
+        plain = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        plain = image.convert("RGBA")
+    else:
+        plain = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    plain = plain.copy() if plain is image else plain
+    plain.info = {}
+    return plain
+
+
+def image_digest(image: Image.Image) -> str:
+    """SHA-256 over mode, size and pixels: two files with the same picture have the same digest."""
+    head = f"{image.mode} {image.width}x{image.height}\n".encode()
+    return hashlib.sha256(head + image.tobytes()).hexdigest()
+
+
+def _describe(image: Image.Image) -> dict[str, Any]:
+    return {"width": image.width, "height": image.height, "sha256": image_digest(image)}
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} is no Unicode character, but half of one") from None
+    return text
+
+
+Picture = Annotated[Image.Image, BeforeValidator(read_image), PlainSerializer(_describe)]
+Text = Annotated[str, AfterValidator(_unicode)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
+
+
+class _Value(BaseModel):
+    """A frozen value whose bad fields are told in one line, as :class:`BadInput`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            known = type(self).model_fields
+            raise BadInput("; ".join(_sentence(each, known) for each in error.errors()[:3])) from None
+
+
+class Hires(_Value):
+    """A second pass at a larger size over the first one's result."""
+
+    scale: Number = Field(default=2.0, gt=1.0, le=4.0)
+    steps: int = Field(default=0, ge=0, le=1000)
+    """Steps of the second pass before strength shortens them; 0: as many as the first."""
+    strength: Number = Field(default=0.5, gt=0.0, le=1.0)
+
+
+class Request(_Value):
+    """What to draw. None means: the model's own default, which the receipt then states.
+
+    Raises:
+        BadInput: a value is out of range, unknown, or would do nothing; names it and what is allowed.
+    """
+
+    prompt: Text = ""
+    negative: Text = ""
+    width: Size | None = None
+    height: Size | None = None
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    solver: str = "dpmpp-2m"
+    grid: str | None = None
+    """Step spacing; None: the one that the model family uses."""
+    eta: Number | None = Field(default=None, ge=0.0, le=1.0)
+    """Share of fresh noise for solvers that have it; None: the solver's own."""
+    guidance: Number | None = Field(default=None, ge=0.0, le=100.0)
+    """Classifier-free guidance scale; 1 asks the network once a step and knows no negative prompt."""
+    rescale: Number = Field(default=0.0, ge=0.0, le=1.0)
+    guidance_start: Number = Field(default=0.0, ge=0.0, le=1.0)
+    guidance_end: Number = Field(default=1.0, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=0, lt=SEEDS)
+    """Image i of a batch has seed + i; None draws one, which the receipt states."""
+    variation_seed: int | None = Field(default=None, ge=0, lt=SEEDS)
+    variation: Number = Field(default=0.0, ge=0.0, le=1.0)
+    """How far to go from the seed's noise towards the variation seed's."""
+    count: int = Field(default=1, ge=1, le=64)
+    clip_skip: int = Field(default=1, ge=1, le=12)
+    """1 takes the text tower's last layer, 2 the one before it."""
+    init: Picture | None = None
+    strength: Number = Field(default=0.75, gt=0.0, le=1.0)
+    """Image to image: the share of the way that is walked again."""
+    mask: Picture | None = None
+    """White is drawn anew, black is kept; of the size of ``init``."""
+    mask_blur: int = Field(default=2, ge=0, le=256)
+    hires: Hires | None = None
+    preview: int = Field(default=0, ge=0)
+    """A preview every so many steps; 0: none."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Request:
+        """What is wrong between fields; a setting that would do nothing is wrong too."""
+        if self.mask is not None:
+            self._check_mask(self.mask)
+        elif self.mask_blur != Request.model_fields["mask_blur"].default:
+            raise ValueError(f"mask_blur {self.mask_blur} does nothing without a mask; leave it out")
+        if self.init is None and self.strength != Request.model_fields["strength"].default:
+            raise ValueError(f"strength {self.strength:g} does nothing without an init image; leave it out")
+        if self.guidance_start >= self.guidance_end:
+            raise ValueError(
+                f"guidance_start {self.guidance_start:g} is not before guidance_end {self.guidance_end:g}, "
+                "so that no step would be guided"
+            )
+        if self.variation > 0 and self.variation_seed is None:
+            raise ValueError("variation needs a variation_seed")
+        if self.variation_seed is not None and "variation" not in self.model_fields_set:
+            raise ValueError(
+                f"variation_seed {self.variation_seed} does nothing without variation, how far to go (0 to 1)"
+            )
+        return self
+
+    def _check_mask(self, mask: Image.Image) -> None:
+        if self.init is None:
+            raise ValueError("a mask needs an init image")
+        if mask.size != self.init.size:
+            raise ValueError(
+                f"the mask is {mask.width} x {mask.height} but the init image "
+                f"{self.init.width} x {self.init.height}; make them the same size"
+            )
+        if mask.mode == "RGBA" and mask.getchannel("A").getextrema() != (255, 255):
+            raise ValueError("the mask has transparent parts; paint it white (drawn anew) and black (kept)")
+        if mask.convert("L").getextrema() == (0, 0):
+            raise ValueError("the mask is black everywhere, so that nothing would be drawn")
+
+
+def make_request(**values: Any) -> Request:
+    """A :class:`Request` from names and values, wherever they come from."""
+    return Request(**values)
+
+
+def _sentence(error: Any, known: Iterable[str]) -> str:
+    """One of pydantic's errors in words."""
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting {name[:60]!r}{nearest(name, known)}"
+    if error["type"] == "value_error":  # ours, which names the value already
+        text = error["msg"].removeprefix("Value error, ")
+        return f"{name}: {text}" if name else str(text)
+    # reprlib: the value may be megabytes of bytes, or nested deeper than repr can go
+    return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]} (got {reprlib.repr(error['input'])})"

@@ -1,0 +1,189 @@
+"""A request made definite: every default filled in from the model, every name made canonical.
+
+These are the values that the receipt states, so that nothing which shaped a picture is left unsaid.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from sumuk.base.errors import BadInput
+from sumuk.diffusion.grid import GRIDS, make_grid, part
+from sumuk.diffusion.guidance import Cfg, Guidance, Plain
+from sumuk.diffusion.solver import Solver
+from sumuk.diffusion.solvers import SOLVERS, Listing
+from sumuk.generate.prompt import Prompt, parse
+from sumuk.generate.request import MOST_PIXELS, Request
+from sumuk.weights.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A request with nothing left open."""
+
+    request: Request
+    prompt: Prompt
+    negative: Prompt
+    width: int
+    height: int
+    steps: int
+    solver: str
+    grid: str
+    guidance_scale: float
+    seed: int
+    walked: int
+    """Steps of the first pass after strength shortened them."""
+    larger: tuple[int, int] | None
+    """Width and height of the second pass."""
+
+    @property
+    def listing(self) -> Listing:
+        return SOLVERS[self.solver]
+
+    def make_solver(self) -> Solver:
+        """A fresh solver with the request's settings."""
+        eta = self.request.eta
+        return self.listing() if eta is None else self.listing(eta=eta)
+
+    @property
+    def guidance(self) -> Guidance:
+        """How the rows of an ask are combined."""
+        wanted = self.request
+        if self.guidance_scale == 1.0:
+            return Plain()
+        return Cfg(
+            scale=self.guidance_scale,
+            rescale=wanted.rescale,
+            start=wanted.guidance_start,
+            end=wanted.guidance_end,
+        )
+
+    def as_dict(self, image: int) -> dict[str, Any]:
+        """The request as JSON, with what was left open filled in, for picture ``image`` of its batch."""
+        values = self.request.model_dump(mode="json")
+        if values["hires"] is not None:
+            values["hires"]["steps"] = values["hires"]["steps"] or self.steps
+        return values | {
+            "width": self.width,
+            "height": self.height,
+            "steps": self.steps,
+            "solver": self.solver,
+            "grid": self.grid,
+            "eta": getattr(self.make_solver(), "eta", None) if "eta" in self.listing.settings else None,
+            "guidance": self.guidance_scale,
+            "seed": (self.seed + image) % 2**64,
+            "count": 1,
+            "preview": 0,
+        }
+
+
+def resolve(request: Request, model: Model) -> Settings:
+    """Fill in what a request leaves open.
+
+    Raises:
+        BadInput: a name that is not known (with the nearest one), a size or number of steps that the model cannot
+            draw, an extra network that cannot be applied, or a setting that would do nothing.
+    """
+    solver = SOLVERS.canonical(request.solver)
+    listing = SOLVERS[solver]
+    grid = GRIDS.canonical(request.grid) if request.grid is not None else listing.grid
+    if request.eta is not None and "eta" not in listing.settings:
+        having = ", ".join(name for name in SOLVERS if "eta" in SOLVERS[name].settings)
+        raise BadInput(f"solver {solver!r} has no eta; leave it out or take one of {having}")
+    prompt, negative = parse(request.prompt), parse(request.negative, conjunction=False)
+    for tag in (*prompt.tags, *negative.tags):
+        raise BadInput(
+            f"<{tag.kind}:{tag.name}> names an extra network, which cannot be applied yet; take it out"
+        )
+    _check_model(request, model)
+    defaults = model.defaults
+    steps = defaults.steps if request.steps is None else request.steps
+    scale = float(defaults.guidance if request.guidance is None else request.guidance)
+    width, height = _size(request, model)
+    walks = _walks(request, model, grid, steps)
+    _check_guidance(request, scale, walks)
+    if request.preview and request.preview >= max(walks):
+        raise BadInput(f"a preview every {request.preview} steps never comes in {max(walks)} steps; lower it")
+    return Settings(
+        request=request,
+        prompt=prompt,
+        negative=negative,
+        width=width,
+        height=height,
+        steps=steps,
+        solver=solver,
+        grid=grid,
+        guidance_scale=scale,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        walked=walks[0],
+        larger=_larger(request, model, width, height),
+    )
+
+
+def _check_model(request: Request, model: Model) -> None:
+    layers = len(model.text.text_model.encoder.layers)
+    if request.clip_skip > layers:
+        raise BadInput(
+            f"clip_skip {request.clip_skip} is more than the {layers} layers of this model's text tower"
+        )
+    if request.init is None and model.denoiser.shape.in_channels > model.latent.channels:
+        raise BadInput(f"{model.family.title} ({model.family.variant}) needs an init image")
+
+
+def _walks(request: Request, model: Model, grid: str, steps: int) -> list[int]:
+    """How many steps each pass takes."""
+    first = make_grid(grid, model.schedule, steps)
+    walks = [first if request.init is None else part(first, request.strength)]
+    if request.hires is not None:
+        second = make_grid(grid, model.schedule, request.hires.steps or steps)
+        walks.append(part(second, request.hires.strength))
+    return [len(levels) - 1 for levels in walks]
+
+
+def _check_guidance(request: Request, scale: float, walks: list[int]) -> None:
+    """Refuse what guidance would leave without effect."""
+    if scale == 0.0 and request.prompt:
+        raise BadInput("the prompt does nothing at guidance 0; 1 is no guidance")
+    if scale == 1.0:
+        for name in ("negative", "rescale", "guidance_start", "guidance_end"):
+            if getattr(request, name) != Request.model_fields[name].default:
+                what = "a negative prompt" if name == "negative" else f"{name} {getattr(request, name):g}"
+                raise BadInput(f"{what} does nothing at guidance 1; raise the guidance or leave it out")
+    start, end = request.guidance_start, request.guidance_end
+    if not any(start <= step / steps < end for steps in walks for step in range(steps)):
+        raise BadInput(
+            f"no step of {' and '.join(map(str, walks))} lies from guidance_start {start:g} to guidance_end {end:g}"
+        )
+
+
+def _size(request: Request, model: Model) -> tuple[int, int]:
+    """Width and height: as asked, else the init image's (down to a multiple of 8), else the model's own."""
+    stride = model.latent.stride
+    if request.init is not None:
+        width, height = (max(8, side // 8 * 8) for side in request.init.size)
+    else:
+        width = height = model.defaults.size
+    width, height = request.width or width, request.height or height
+    for name, side in (("width", width), ("height", height)):
+        if side % stride:
+            raise BadInput(f"{name} {side} is not a multiple of {stride}, which this model draws in")
+    return _bounded("the picture", width, height)
+
+
+def _larger(request: Request, model: Model, width: int, height: int) -> tuple[int, int] | None:
+    """Width and height of the second pass."""
+    if request.hires is None:
+        return None
+    stride, scale = model.latent.stride, request.hires.scale
+    larger = (round(width * scale / stride) * stride, round(height * scale / stride) * stride)
+    if larger == (width, height):
+        raise BadInput(f"hires scale {scale:g} leaves {width} x {height} as it is; use a larger one")
+    return _bounded("the second pass", *larger)
+
+
+def _bounded(what: str, width: int, height: int) -> tuple[int, int]:
+    if width * height > MOST_PIXELS:
+        raise BadInput(f"{what} would have {width} x {height} pixels; at most {MOST_PIXELS:,} are drawn")
+    return width, height
