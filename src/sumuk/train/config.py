@@ -84,7 +84,7 @@ class TextToImageRecipe(Frozen):
     text_width: int = Field(default=192, multiple_of=64)
     text_layers: int = Field(default=4, gt=0)
     text_length: int = Field(default=32, gt=2)
-    vocabulary: int = Field(default=3000, gt=300)
+    vocabulary: int = Field(default=3000, ge=514)
     prediction: Literal["eps", "v"] = "v"
     snr_gamma: float | None = Field(default=None, gt=0)
     """Min-SNR weighting (Hang et al. 2023), 5 in the paper; left out: unweighted."""

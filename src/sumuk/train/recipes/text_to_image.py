@@ -1,6 +1,7 @@
 """A latent text-to-image model from scratch: U-Net and text tower learn, the autoencoder is finished.
 
-Loss = w(t) |output - target|^2 with t uniform over the schedule (Ho et al. 2020) and min-SNR weights
+Loss = w(t) |output - target|^2 with t uniform over the schedule (Ho et al. 2020) or leaning towards noise, and, if asked
+for, min-SNR weights
 (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v. The prompt is dropped now
 and then for classifier-free guidance (Ho & Salimans 2022). The result is an ordinary SD1 single file that
 carries its own vocabulary in the metadata.
@@ -56,8 +57,9 @@ class TextToImageTraining:
         self.vae.requires_grad_(False).eval()
         pixels = to_signed(read_pixels(config.data.root, self.records, config.data.size))
         self.means, self.deviations = self._encode(pixels)
-        # Held-out pictures lend their words, which also stand under other pictures, but never their pixels.
-        texts = sorted({text for r in every for captions in r.captions.values() for text in captions})
+        # Words of the whole folder, so that a run on more of it can go on from this one's weights.
+        whole = read_records(config.data.model_copy(update={"styles": (), "objects": None}))
+        texts = sorted({text for r in whole for captions in r.captions.values() for text in captions})
         self.tokens = ClipTokens.train(texts, recipe.vocabulary, recipe.text_length)
         for text in texts:  # found now, not days into the run
             count, room = len(self.tokens.encode(text)), recipe.text_length - 2
@@ -90,6 +92,9 @@ class TextToImageTraining:
                 hidden=4 * recipe.text_width,
             )
         )
+        # CLIP begins with embeddings of 0.02, which suits 400 million captions. At that size the words of a small set
+        # hardly differ beside what the blocks add, and the U-Net learns to overlook them.
+        nn.init.normal_(self.text.text_model.embeddings.token_embedding.weight, std=0.2)
         self.modules: dict[str, nn.Module] = {"unet": self.unet, "text": self.text}
         self.prediction = PREDICTIONS[recipe.prediction]
         self.schedule = scaled_linear()
