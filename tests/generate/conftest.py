@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.weights.tiny import tiny
 
 from sumuk.base.errors import SumukError
 from sumuk.generate.engine import Engine, Failed, Finished
 from sumuk.generate.request import make_request
 from sumuk.weights.checkpoint import load, save
 from sumuk.weights.model import Model
-from tests.weights.tiny import tiny
 
 
 def lively(model: Model) -> Model:
@@ -128,7 +128,7 @@ def forwards(model: Model) -> Iterator[Forwards]:
     hook.remove()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def photo() -> Image.Image:
     """A picture of 64 by 64 with soft colours."""
     across = np.linspace(40, 215, 64)
@@ -136,7 +136,7 @@ def photo() -> Image.Image:
     return Image.fromarray(np.stack([red, green, 255 - red], axis=-1).astype(np.uint8))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def hole() -> Image.Image:
     """White in the middle."""
     mask = Image.new("L", (64, 64), 0)

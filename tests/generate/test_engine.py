@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.generate.conftest import Forwards, gap, one, pixels, refusal, run
 
 from sumuk.base.errors import BadInput, Cancelled, SumukError
 from sumuk.diffusion.solver import Ask, Euler
@@ -17,7 +18,6 @@ from sumuk.diffusion.solvers import SOLVERS, Listing
 from sumuk.generate.engine import Engine, Event, Failed, Finished, Preview, Progress
 from sumuk.generate.request import make_request
 from sumuk.weights.model import Model
-from tests.generate.conftest import Forwards, gap, one, pixels, refusal, run
 
 LONG = "a fox and a fish in the snow, " * 6
 """Three chunks of the tiny model's text tower and more."""
@@ -25,7 +25,7 @@ FAST_TOLERANCE = 2
 """Of 255, for a random network; kernels choose their blocking by the number of rows."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def eight(photo: Image.Image, hole: Image.Image) -> list[dict[str, Any]]:
     """Eight requests that have as little in common as possible."""
     return [
@@ -40,8 +40,9 @@ def eight(photo: Image.Image, hole: Image.Image) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alone(model: Model, eight: list[dict[str, Any]]) -> list[list[Finished]]:
+    torch.set_num_threads(1)
     return [run(model, request)[0] for request in eight]
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.generate.conftest import pixels
 
 from sumuk.generate.pixels import flat, keep_outside, soften, to_image, to_mask, to_pixels
 from sumuk.generate.request import make_request
-from tests.generate.conftest import pixels
 
 
 def test_there_and_back_is_the_same_picture():

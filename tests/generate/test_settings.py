@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from tests.generate.conftest import refusal
 
 from sumuk.base.errors import BadInput
 from sumuk.diffusion.guidance import Cfg, Plain
@@ -11,7 +12,6 @@ from sumuk.diffusion.solvers import SOLVERS
 from sumuk.generate.request import Hires, Request, make_request
 from sumuk.generate.settings import resolve
 from sumuk.weights.model import Model
-from tests.generate.conftest import refusal
 
 
 def refused(model: Model, **values: object) -> str:

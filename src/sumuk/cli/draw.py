@@ -103,7 +103,7 @@ def _check_device(name: str) -> None:
 def _show(events: Iterator[engine.Event]) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
     """A progress bar for each picture; finished ones are handed on, a failure is raised."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[int, Any] = {}
         for event in events:
             if isinstance(event, engine.Progress):

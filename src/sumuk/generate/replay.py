@@ -56,14 +56,14 @@ def request_of(receipt: dict[str, Any], init: Image.Image | None, mask: Image.Im
         noted = values.pop(name, None)
         if noted is None:
             if given is not None:
-                raise BadInput(f"this picture was made without a {name} picture; leave it out")
+                raise BadInput(f"the receipt knows of no {name} picture; leave --{name} out")
             continue
         if not isinstance(noted, dict) or not isinstance(noted.get("sha256"), str):
             raise BadFile(
                 f"the receipt is damaged: it does not describe the {name} picture", "receipt.damaged"
             )
         if given is None:
-            raise BadInput(f"this picture was made with a {name} picture; give it with --{name}")
+            raise BadInput(f"the picture was made with another, its {name} picture; give it with --{name}")
         given = read_image(given)
         if image_digest(given) != noted["sha256"]:
             raise BadInput(

@@ -1,10 +1,9 @@
 """A latent text-to-image model from scratch: U-Net and text tower learn, the autoencoder is finished.
 
-Loss = w(t) |output - target|^2 with t uniform over the schedule (Ho et al. 2020) or leaning towards noise, and, if asked
-for, min-SNR weights
-(Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v. The prompt is dropped now
-and then for classifier-free guidance (Ho & Salimans 2022). The result is an ordinary SD1 single file that
-carries its own vocabulary in the metadata.
+Loss = w(t) |output - target|^2 with t uniform over the schedule (Ho et al. 2020) or leaning towards noise and, if
+asked for, min-SNR weights (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v. The
+prompt is dropped now and then for classifier-free guidance (Ho & Salimans 2022). The result is an ordinary SD1
+single file that carries its own vocabulary in the metadata.
 """
 
 from __future__ import annotations
