@@ -25,7 +25,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/generate.py
 
 docs: $(VENV)/.dev
-	$(BIN)/python benchmarks/miniature.py
+	$(BIN)/python -m benchmarks.miniature
 	$(BIN)/python -m benchmarks.solver_table > docs/solvers.md
 
 $(VENV)/.demo: pyproject.toml constraints.txt

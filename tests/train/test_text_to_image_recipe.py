@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.train.small_run import SIZE, text_config, write_pictures, write_vae
 
 import sumuk
 from sumuk.base.errors import BadFile, BadInput, MissingFile
+from sumuk.nets.vae import Vae
 from sumuk.train.config import TrainConfig
 from sumuk.train.data import read_pixels, seeded, to_signed
 from sumuk.train.loop import begin, train
@@ -255,3 +256,32 @@ def test_a_run_ends_in_a_checkpoint(pictures: Path, vae: Path, tmp_path: Path):
     target = run(text_config(pictures, tmp_path / "run", vae, images=8), tell=told.append)
     assert target is not None and load(target).family.name == "sd1"
     assert "0 of 8 images seen" in told[0]
+
+
+def test_a_run_begins_with_the_weights_of_another(
+    learnt: tuple[TextToImageTraining, list[float]], folder: Path, pictures: Path, vae: Path, tmp_path: Path
+):
+    old, _ = learnt
+    old.export(tmp_path / "old.safetensors")
+    new = training(text_config(pictures, tmp_path, vae, recipe={"start": tmp_path / "old.safetensors"}))
+    assert new.tokens.to_json() == old.tokens.to_json()
+    for part, module in old.modules.items():
+        for name, value in module.state_dict().items():
+            assert torch.equal(new.modules[part].state_dict()[name], value.half().float()), name
+    with pytest.raises(BadInput, match=r"text tower of .*old\.safetensors has "):
+        training(
+            text_config(
+                pictures, tmp_path, vae, recipe={"start": tmp_path / "old.safetensors", "text_layers": 2}
+            )
+        )
+    other = Vae(old.vae.shape)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(BadInput, match="has another autoencoder than"):
+        training(
+            text_config(
+                pictures,
+                tmp_path,
+                tmp_path / "other.safetensors",
+                recipe={"start": tmp_path / "old.safetensors"},
+            )
+        )

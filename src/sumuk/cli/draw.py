@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from PIL import Image
 from rich.console import Console
@@ -37,7 +37,7 @@ DEMO = (
 
 
 def run_generate(
-    out: Path,
+    out: Path | None,
     model: Path | None,
     how: dict[str, Any],
     mode: str | None,
@@ -47,7 +47,7 @@ def run_generate(
     """Draw and write; several pictures get numbered names.
 
     Args:
-        out: where to.
+        out: where to; None takes ``sumuk.png``, numbered so that no picture from before is overwritten.
         model: the checkpoint; the miniature if None.
         how: what :func:`sumuk.load` is told; None where nothing was said, here and below.
         mode: of the engine.
@@ -71,12 +71,21 @@ def run_generate(
         typer.echo(f"{targets[image]}  seed {receipt['settings']['seed']}")
 
 
-def _targets(out: Path, count: int) -> list[Path]:
+def _targets(out: Path | None, count: int) -> list[Path]:
     """Where each picture goes, checked before anything is computed."""
-    targets = [out] if count == 1 else [out.with_stem(f"{out.stem}-{image + 1}") for image in range(count)]
+    if out is None:
+        names = itertools.chain(["sumuk"], (f"sumuk-{number}" for number in itertools.count(2)))
+        every = (_numbered(Path(f"{name}.png"), count) for name in names)
+        targets = next(each for each in every if not any(path.exists() for path in each))
+    else:
+        targets = _numbered(out, count)
     for target in targets:
         check_target(target)
     return targets
+
+
+def _numbered(out: Path, count: int) -> list[Path]:
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{image + 1}") for image in range(count)]
 
 
 def _said(values: dict[str, Any]) -> dict[str, Any]:
@@ -85,19 +94,7 @@ def _said(values: dict[str, Any]) -> dict[str, Any]:
 
 def _load(path: Path | None, how: dict[str, Any]) -> Model:
     chosen = _said(how)
-    _check_device(chosen.get("device", "cpu"))
     return load(MINIATURE if path is None else path, **chosen)
-
-
-def _check_device(name: str) -> None:
-    """Refuse a device that is not there, before files are read."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).to("cpu")
-    except (RuntimeError, AssertionError, NotImplementedError):  # unknown; not built in or not there; meta
-        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        here += ["mps"] if torch.backends.mps.is_available() else []
-        raise BadInput(f"device {name!r} is not here; there is {', '.join(here)}") from None
 
 
 def _show(events: Iterator[engine.Event]) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
@@ -136,6 +133,7 @@ def run_replay(
         "device": device or machine["device"],
         "dtype": machine["dtype"],
         "prediction": receipt["model"]["prediction"],
+        "ema": receipt["model"]["ema"],
     }
     loaded = _load(model or _find(receipt), how)
     verdict = replay(drawn, receipt, loaded, request)

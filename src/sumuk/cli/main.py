@@ -34,7 +34,9 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")]
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, in A1111's grammar.")],
-    out: OutOption = Path("sumuk.png"),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="PNG to write; a free sumuk.png if left out.")
+    ] = None,
     model: ModelOption = None,
     negative: Annotated[str | None, typer.Option("--negative", "-n", help="What not to draw.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,

@@ -46,6 +46,7 @@ def make_receipt(
             "family": model.family.key,
             "licence": model.metadata.get("modelspec.license") or model.family.licence,
             "prediction": model.prediction.name,
+            "ema": model.ema,
             "files": [{"name": each.path.name, "sha256": each.sha256} for each in model.files],
         },
         "settings": settings.as_dict(image),
@@ -160,6 +161,7 @@ class _File(_Checked):
 
 class _Model(_Checked):
     prediction: Line
+    ema: bool
     files: Annotated[list[_File], Field(max_length=1000)]
 
 

@@ -80,6 +80,8 @@ def same_model(receipt: dict[str, Any], model: Model) -> list[str]:
     reasons = [] if then == now else [f"the model files differ ({_short(then)} then, {_short(now)} now)"]
     if (said := receipt["model"]["prediction"]) != model.prediction.name:
         reasons.append(f"the prediction was {said}, is {model.prediction.name}")
+    if receipt["model"]["ema"] != model.ema:
+        reasons.append(f"averaged weights were {'on' if receipt['model']['ema'] else 'off'}, are not so now")
     return reasons
 
 

@@ -67,7 +67,7 @@ class Diverged(SumukError):
 
 def fingerprint(config: TrainConfig) -> str:
     """What must stay equal for a resumed run to be the same run: all but its length, cadence, places and labels."""
-    labels = {"title", "licence", "guidance", "sheet_prompts"}
+    labels = {"start", "title", "licence", "guidance", "sheet_prompts"}  # start: a save has its own weights
     fixed = config.model_dump_json(
         exclude={"images": True, "every": True, "out": True, "data": {"root"}, "recipe": labels}
     )

@@ -70,6 +70,7 @@ def load(
         BadFile: the file is damaged, of no known family, or holds tensors that the family does not explain.
         BadInput: an unknown prediction, dtype or device.
     """
+    place = _device(device)
     source = read(path, variant)
     opened = inspect.recognise(source)
     if isinstance(opened.answer, Unknown):
@@ -77,7 +78,7 @@ def load(
     family = opened.family
     chosen = PREDICTIONS[prediction or opened.prediction().value]
     given = {"vae": vae, "text": text}
-    supplied = {name: _supply(place, name) for name, place in given.items() if place is not None}
+    supplied = {name: _supply(other, name) for name, other in given.items() if other is not None}
     sources = (source, *(other.source for other in supplied.values()))
     networks: dict[str, nn.Module] = {}
     plans: list[tuple[nn.Module, Tensors]] = []
@@ -92,7 +93,7 @@ def load(
         plans.append((networks[part.name], tensors))
     for origin in (opened, *supplied.values()):
         _refuse_leftovers(origin, ignore)
-    wanted = _dtype(plans[0][1], torch.device(device), dtype)
+    wanted = _dtype(plans[0][1], place, dtype)
     denoiser, autoencoder, tower = (networks[name] for name in ("denoiser", "vae", "text"))
     assert isinstance(denoiser, UNet) and isinstance(autoencoder, Vae) and isinstance(tower, ClipText)
     tokens = vocabulary.read(supplied.get("text", opened), tower.shape)
@@ -105,7 +106,7 @@ def load(
             "model.part",
         )
     for network, tensors in plans:
-        _fill(network, tensors, torch.device(device), wanted)
+        _fill(network, tensors, place, wanted)
     return Model(
         family=family,
         denoiser=denoiser,
@@ -119,6 +120,7 @@ def load(
         metadata=dict(source.metadata),
         found=inspect.describe(opened),
         files=tuple(WeightFile(file) for each in sources for file in each.files),
+        ema=ema,
     )
 
 
@@ -205,6 +207,18 @@ def _averaged(opened: Opened, tensors: Tensors) -> Tensors:
             "model.ema",
         )
     return {name: opened.source.tensors[average] for name, average in averages.items()}
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """A device that is there; asked before files are read."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).to("cpu")
+    except (RuntimeError, AssertionError, NotImplementedError):  # unknown; not built in or not there; meta
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise BadInput(f"device {str(name)!r} is not here; there is {', '.join(here)}") from None
+    return device
 
 
 def _dtype(denoiser: Tensors, device: torch.device, dtype: str | torch.dtype | None) -> torch.dtype:

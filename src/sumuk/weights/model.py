@@ -56,6 +56,7 @@ class Model:
         metadata: texts of its file, kept when it is saved again.
         found: what :func:`sumuk.open` said of the file; None for a model that was not loaded.
         files: the files that it came from.
+        ema: whether the denoiser has the file's averaged weights instead of its plain ones.
     """
 
     family: Family
@@ -70,6 +71,7 @@ class Model:
     metadata: dict[str, str] = field(default_factory=dict)
     found: Found | None = None
     files: tuple[WeightFile, ...] = ()
+    ema: bool = False
 
     @property
     def parts(self) -> dict[str, nn.Module]:

@@ -33,6 +33,8 @@ from sumuk.train.config import TextToImageRecipe, TrainConfig
 from sumuk.train.data import Order, chunks, read_pixels, read_records, seeded, to_signed
 from sumuk.train.recipes.vae import SD1_SCALE
 from sumuk.train.sheet import tile
+from sumuk.weights.checkpoint import load
+from sumuk.weights.model import Model
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class TextToImageTraining:
         # Words of the whole folder, so that a run on more of it can go on from this one's weights.
         whole = read_records(config.data.model_copy(update={"styles": (), "objects": None}))
         texts = sorted({text for r in whole for captions in r.captions.values() for text in captions})
-        self.tokens = ClipTokens.train(texts, recipe.vocabulary, recipe.text_length)
+        begun = None if recipe.start is None else load(recipe.start, dtype="float32")
+        self.tokens = (
+            begun.tokens if begun else ClipTokens.train(texts, recipe.vocabulary, recipe.text_length)
+        )
         for text in texts:  # found now, not days into the run
             count, room = len(self.tokens.encode(text)), recipe.text_length - 2
             if count > room:
@@ -95,12 +100,40 @@ class TextToImageTraining:
         # hardly differ beside what the blocks add, and the U-Net learns to overlook them.
         nn.init.normal_(self.text.text_model.embeddings.token_embedding.weight, std=0.2)
         self.modules: dict[str, nn.Module] = {"unet": self.unet, "text": self.text}
+        if begun is not None:
+            self._begin_from(begun)
         self.prediction = PREDICTIONS[recipe.prediction]
         self.schedule = scaled_linear()
         levels_ = [self.schedule.level(t) for t in range(int(self.schedule.last) + 1)]
         self.alphas = torch.tensor([level.alpha for level in levels_])
         self.sigmas = torch.tensor([level.sigma for level in levels_])
         self.order = Order(len(self.records), config.seed)
+
+    def _begin_from(self, begun: Model) -> None:
+        """Take over another model's U-Net and text tower.
+
+        Raises:
+            BadInput: it has another shape, or learned on another autoencoder's latents.
+        """
+        for name, mine, theirs in (
+            ("autoencoder", self.vae, begun.vae),
+            ("U-Net", self.unet, begun.denoiser),
+            ("text tower", self.text, begun.text),
+        ):
+            if mine.shape != theirs.shape:
+                raise BadInput(
+                    f"the {name} of {self.recipe.start} has {theirs.shape}, the recipe {mine.shape}"
+                )
+        others = begun.vae.state_dict()
+        if any(
+            not torch.equal(value.half(), others[name].half())
+            for name, value in self.vae.state_dict().items()
+        ):
+            raise BadInput(
+                f"{self.recipe.start} has another autoencoder than {self.recipe.vae}; its latents differ"
+            )
+        self.unet.load_state_dict(begun.denoiser.state_dict())
+        self.text.load_state_dict(begun.text.state_dict())
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
