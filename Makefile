@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# The tests are small: one thread each runs faster on shared machines than many threads that wait for one another.
 
 .PHONY: demo test check bench docs slow clean
 
