@@ -274,6 +274,15 @@ def test_a_run_begins_with_the_weights_of_another(
                 pictures, tmp_path, vae, recipe={"start": tmp_path / "old.safetensors", "text_layers": 2}
             )
         )
+    with pytest.raises(BadInput, match=r"old\.safetensors predicts v, the recipe eps"):
+        training(
+            text_config(
+                pictures,
+                tmp_path,
+                vae,
+                recipe={"start": tmp_path / "old.safetensors", "prediction": "eps"},
+            )
+        )
     other = Vae(old.vae.shape)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(BadInput, match="has another autoencoder than"):

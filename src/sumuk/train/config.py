@@ -79,7 +79,8 @@ class TextToImageRecipe(Frozen):
     vae: Path
     """The autoencoder that a run of :class:`VaeRecipe` exported."""
     start: Path | None = None
-    """A checkpoint of the same shape and autoencoder whose U-Net, text tower and vocabulary the run begins with."""
+    """A checkpoint of the same shape and autoencoder whose U-Net, text tower and vocabulary the run begins with;
+    ``vocabulary`` is then that checkpoint's. A run that has a save goes on from the save."""
     channels: int = Field(default=96, multiple_of=32)
     multiples: tuple[int, ...] = (1, 2)
     blocks: int = Field(default=2, gt=0)

@@ -96,8 +96,8 @@ class TextToImageTraining:
                 hidden=4 * recipe.text_width,
             )
         )
-        # CLIP begins with embeddings of 0.02, which suits 400 million captions. At that size the words of a small set
-        # hardly differ beside what the blocks add, and the U-Net learns to overlook them.
+        # CLIP begins with embeddings of 0.02. Larger ones make words differ from the first step on, before the
+        # blocks have learned to tell them apart.
         nn.init.normal_(self.text.text_model.embeddings.token_embedding.weight, std=0.2)
         self.modules: dict[str, nn.Module] = {"unet": self.unet, "text": self.text}
         if begun is not None:
@@ -113,8 +113,12 @@ class TextToImageTraining:
         """Take over another model's U-Net and text tower.
 
         Raises:
-            BadInput: it has another shape, or learned on another autoencoder's latents.
+            BadInput: it has another shape or prediction, or learned on another autoencoder's latents.
         """
+        if begun.prediction.name != self.recipe.prediction:
+            raise BadInput(
+                f"{self.recipe.start} predicts {begun.prediction.name}, the recipe {self.recipe.prediction}"
+            )
         for name, mine, theirs in (
             ("autoencoder", self.vae, begun.vae),
             ("U-Net", self.unet, begun.denoiser),
