@@ -22,10 +22,11 @@ FLAGS = {
     "generate": [
         "prompt", "--out -o", "--model -m", "--negative -n", "--width", "--height", "--steps", "--solver", "--grid",
         "--eta", "--guidance", "--rescale", "--guidance-start", "--guidance-end", "--seed", "--variation-seed",
-        "--variation", "--count", "--clip-skip", "--init", "--strength", "--mask", "--mask-blur", "--hires",
+        "--variation", "--count", "--clip-skip", "--label", "--original", "--crop", "--hint", "--init",
+        "--strength", "--mask", "--mask-blur", "--hires",
         "--hires-strength", "--hires-steps", "--device", "--dtype", "--prediction", "--mode",
     ],
-    "replay": ["image", "--model -m", "--init", "--mask", "--out -o", "--device"],
+    "replay": ["image", "--model -m", "--init", "--mask", "--hint", "--out -o", "--device"],
     "inspect": ["path", "--json"],
     "solvers": [],
     "train": ["config", "--images", "--threads"],

@@ -23,7 +23,7 @@ from sumuk.weights.model import Model
 def lively(model: Model) -> Model:
     """Weights that keep the size of signals, so that text, noise and levels all show in the picture."""
     torch.manual_seed(1)
-    for network in model.parts.values():
+    for network in model.networks.values():
         for parameter in network.parameters():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 0
             parameter.normal_(0.0, fan_in**-0.5 if fan_in else 0.1)

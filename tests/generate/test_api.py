@@ -38,7 +38,7 @@ def test_draw_refuses_by_name(model: Model):
 
 
 def test_draw_raises_what_fails(model: Model, monkeypatch: pytest.MonkeyPatch):
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(model.denoiser, "forward", broken)

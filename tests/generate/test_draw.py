@@ -21,9 +21,9 @@ from sumuk.weights.model import Model
 
 def by_hand(model: Model, prompt: str, negative: str, scale: float, steps: int, seed: int) -> Image.Image:
     """Text to image without engine, guidance coroutine or rows: the formulas, written out."""
-    tower = Tower(model, 1)
+    tower = Tower(model.text, model.tokens, model.readings[0])
     contexts = [
-        tower.encode(torch.tensor([model.tokens.row(model.tokens.encode(text))]))
+        tower.encode(torch.tensor([model.tokens.row(model.tokens.encode(text))])).z
         for text in (prompt, negative)
     ]
     size = model.size // model.latent.stride
@@ -197,7 +197,7 @@ def test_nine_channels(inpainting: Model, photo: Image.Image, hole: Image.Image)
     settings = resolve(make_request(init=photo, mask=hole, seed=1, steps=4), inpainting)
     with torch.inference_mode():
         (row, *_) = next(draw(inpainting, settings, 0))
-        beside = row.condition.channels
+        beside = row.condition.beside
         masked = to_pixels(photo, 64, 64)
         masked[..., 16:48, 16:48] = 0
         assert torch.equal(beside[:, 1:], inpainting.encode_latent(masked))
@@ -211,6 +211,6 @@ def test_eight_channels(pix2pix: Model, photo: Image.Image, hole: Image.Image):
     with torch.inference_mode():
         (row, *_) = next(draw(pix2pix, settings, 0))
         latent = pix2pix.encode_latent(to_pixels(photo, 64, 64)) / pix2pix.latent.scale
-    assert torch.equal(row.condition.channels, latent)
+    assert torch.equal(row.condition.beside, latent)
     drawn = one(pix2pix, init=photo, mask=hole)
     assert np.array_equal(pixels(drawn)[:8], pixels(photo)[:8])

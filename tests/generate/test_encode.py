@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sumuk.base.errors import BadInput
-from sumuk.generate.encode import contexts, empty_context, match_lengths
+from sumuk.families.reading import Encoded
+from sumuk.generate.encode import contexts, empty_context, lengthen
 from sumuk.generate.prompt import parse
 from sumuk.nets.clip import ClipShape, ClipText
 from sumuk.nets.tokens import ClipTokens
@@ -32,10 +33,12 @@ class Echo:
     tokens: ClipTokens = field(default_factory=vocabulary)
     calls: list[list[list[int]]] = field(default_factory=list)
 
-    def encode(self, ids: Tensor) -> Tensor:
+    chunked = True
+
+    def encode(self, ids: Tensor) -> Encoded:
         self.calls.append(ids.tolist())
         place = torch.arange(ids.shape[1]).expand_as(ids)
-        return torch.stack([ids, place, torch.full_like(ids, -7)], dim=-1).float()
+        return Encoded(z=torch.stack([ids, place, torch.full_like(ids, -7)], dim=-1).float())
 
 
 @dataclass
@@ -44,10 +47,11 @@ class Clip:
 
     tokens: ClipTokens
     network: ClipText
+    chunked = True
 
-    def encode(self, ids: Tensor) -> Tensor:
+    def encode(self, ids: Tensor) -> Encoded:
         with torch.inference_mode():
-            return self.network(ids).skip(1)
+            return Encoded(z=self.network(ids).skip(1))
 
 
 @cache
@@ -77,14 +81,14 @@ def rows(prompt: str, tokens: ClipTokens | None = None) -> list[list[int]]:
 def one(prompt: str, tower: Echo | Clip, emphasis: str = "original") -> Tensor:
     ((context, weight),) = contexts(parse(prompt), tower, 1, emphasis)[0]
     assert weight == 1.0
-    return context
+    return context.z
 
 
 def test_an_empty_prompt_is_one_chunk():
     assert rows("") == [[]]
     assert rows("()") == [[]]
     assert empty_context(Echo()).shape == (1, 77, 3)
-    assert torch.equal(empty_context(clip()), clip().encode(torch.tensor([clip().tokens.row([])])))
+    assert torch.equal(empty_context(clip()), clip().encode(torch.tensor([clip().tokens.row([])])).z)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def reference(prompt: list[tuple[str, float]], tower: Clip, restore: bool) -> np
             ids.append(token)
             weights.append(weight)
     missing = tokens.length - len(ids)
-    z = tower.encode(torch.tensor([ids + [tokens.eos] * missing]))[0].double().numpy()
+    z = tower.encode(torch.tensor([ids + [tokens.eos] * missing])).z[0].double().numpy()
     weighted = z * np.array(weights + [1.0] * missing)[:, None]
     return weighted * (z.mean() / weighted.mean()) if restore else weighted
 
@@ -188,10 +192,10 @@ def test_chunks_without_weights_keep_their_bits():
 def test_weights_that_leave_no_number_are_refused():
     @dataclass
     class Cancelling(Echo):
-        def encode(self, ids: Tensor) -> Tensor:
+        def encode(self, ids: Tensor) -> Encoded:
             z = torch.ones(*ids.shape, 1)
             z[ids == WORD] = 76.0
-            return z
+            return Encoded(z=z)
 
     with pytest.raises(BadInput, match="leave no finite text encoding"):
         one("(a:-1)", Cancelling())
@@ -206,7 +210,7 @@ def test_steps_that_read_the_same_share_one_encoding():
     fox, hill, ink, wash = (one(text, Echo()) for text in ("fox", "hill", "paper ink", "paper wash"))
     expected = [(fox, ink), (hill, ink), (fox, ink), (hill, wash), (fox, wash), (hill, wash)]
     for step, texts in zip(found, expected, strict=True):
-        assert all(torch.equal(context, text) for (context, _), text in zip(step, texts, strict=True))
+        assert all(torch.equal(said.z, text) for (said, _), text in zip(step, texts, strict=True))
     assert found[0][0][0] is found[4][0][0]
     assert found[0][1][0] is found[2][1][0]
 
@@ -215,25 +219,23 @@ def test_a_second_pass_goes_on_with_the_schedule():
     prompt = parse("[fox:hill:1.5] AND [ink:wash:10]")
     first, second = contexts(prompt, Echo(), 8), contexts(prompt, Echo(), 4, base=8)
     fox, hill, ink, wash = (one(text, Echo()) for text in ("fox", "hill", "ink", "wash"))
-    assert all(torch.equal(a, fox) and torch.equal(b, ink) for (a, _), (b, _) in first)
+    assert all(torch.equal(a.z, fox) and torch.equal(b.z, ink) for (a, _), (b, _) in first)
     for step, (a, b) in zip(second, [(fox, ink), (fox, ink), (hill, wash), (hill, wash)], strict=True):
-        assert torch.equal(step[0][0], a)
-        assert torch.equal(step[1][0], b)
+        assert torch.equal(step[0][0].z, a)
+        assert torch.equal(step[1][0].z, b)
 
 
 def test_contexts_are_made_equally_long():
     tower = clip()
     empty = empty_context(tower)
     long, short = one("a BREAK b BREAK c", tower), one("fox", tower)
-    a, b = match_lengths(short, long, empty)
-    assert a.shape == b.shape == (1, 96, 64)
-    assert b is long
-    assert torch.equal(a, torch.cat([short, empty, empty], dim=1))
-    b, a = match_lengths(long, short.half().expand(2, -1, -1), empty)
-    assert a.dtype == torch.float16
-    assert a.shape == (2, 96, 64)
+    assert lengthen(long, 96, empty) is long
+    assert torch.equal(lengthen(short, 96, empty), torch.cat([short, empty, empty], dim=1))
+    more = lengthen(short.half().expand(2, -1, -1), 96, empty)
+    assert more.dtype == torch.float16
+    assert more.shape == (2, 96, 64)
     with pytest.raises(BadInput, match="a context of 31 tokens is not made of chunks of 32"):
-        match_lengths(long, short[:, 1:], empty)
+        lengthen(short[:, 1:], 96, empty)
 
 
 def test_what_cannot_be_encoded_is_refused():

@@ -175,10 +175,10 @@ def test_a_network_that_refuses_one_row_fails_that_request_alone(
     forward = model.denoiser.forward
     marks: list[float] = []
 
-    def picky(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def picky(x: torch.Tensor, *rest: Any, **inputs: Any) -> torch.Tensor:
         if any(float(row.flatten()[0]) == mark for row in x for mark in marks):
             raise RuntimeError("out of memory")
-        return forward(x, *rest)
+        return forward(x, *rest, **inputs)
 
     engine = Engine(model, mode=mode)
     jobs = [engine.submit(make_request(seed=seed, steps=3, guidance=1)) for seed in (1, 2, 3)]
@@ -212,7 +212,7 @@ def test_what_cannot_be_drawn_is_refused_at_submit_and_nothing_is_taken_in(model
 
 
 def test_numbers_that_overflow_make_no_picture(model: Model, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model.denoiser, "forward", lambda x, *_: torch.full_like(x, float("nan")))
+    monkeypatch.setattr(model.denoiser, "forward", lambda x, *_, **__: torch.full_like(x, float("nan")))
     engine = Engine(model)
     engine.submit(make_request(steps=2))
     (event,) = [each for each in engine.events() if not isinstance(each, Progress)]

@@ -30,14 +30,14 @@ def again(
     model: Model, finished: Finished, picture: Image.Image | None = None, **more: Image.Image
 ) -> Verdict:
     receipt = json.loads(json.dumps(finished.receipt))
-    request = request_of(receipt, more.get("init"), more.get("mask"))
+    request = request_of(receipt, more)
     return replay(picture or finished.picture, receipt, model, request)
 
 
 def test_what_was_not_touched_is_identical(model: Model, drawn: Finished, tmp_path: Path):
     save_png(drawn.picture, drawn.receipt, tmp_path / "a.png")
     picture, receipt = read_receipt(tmp_path / "a.png")
-    verdict = replay(picture, receipt, model, request_of(receipt, None, None))
+    verdict = replay(picture, receipt, model, request_of(receipt, {}))
     assert (verdict.kind, verdict.largest, verdict.psnr, verdict.reasons) == (
         "identical",
         0,
@@ -132,7 +132,7 @@ def test_other_threads_and_dtype_are_told(model_file: Path, drawn: Finished):
 
 def test_other_arithmetic_is_told(model: Model, drawn: Finished):
     receipt = drawn.receipt | {"numerics": 0}
-    verdict = replay(drawn.picture, receipt, model, request_of(receipt, None, None))
+    verdict = replay(drawn.picture, receipt, model, request_of(receipt, {}))
     assert verdict.kind == "identical" and verdict.reasons == ("numeric version was 0, is 1",)
 
 
@@ -152,7 +152,7 @@ def test_other_arithmetic_is_told(model: Model, drawn: Finished):
 )
 def test_settings_from_elsewhere_are_checked(drawn: Finished, settings: dict[str, Any], told: str):
     receipt = drawn.receipt | {"settings": drawn.receipt["settings"] | settings}
-    assert told in refusal(lambda: request_of(receipt, None, None))
+    assert told in refusal(lambda: request_of(receipt, {}))
 
 
 def test_no_path_of_a_receipt_is_opened(drawn: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -162,4 +162,4 @@ def test_no_path_of_a_receipt_is_opened(drawn: Finished, tmp_path: Path, monkeyp
     secret.write_bytes(stream.getvalue())
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail(f"{self} was opened"))
     receipt = drawn.receipt | {"settings": drawn.receipt["settings"] | {"init": str(secret)}}
-    refusal(lambda: request_of(receipt, None, None))
+    refusal(lambda: request_of(receipt, {}))

@@ -64,7 +64,7 @@ def test_a_single_file_comes_back_bit_for_bit(model: Model, single: Path) -> Non
     assert loaded.text.eos == model.tokens.eos
     assert loaded.latent == model.latent and loaded.size == 64
     assert not any(
-        p.requires_grad or p.is_meta for network in loaded.parts.values() for p in network.parameters()
+        p.requires_grad or p.is_meta for network in loaded.networks.values() for p in network.parameters()
     )
     assert [file.sha256 for file in loaded.files] == [look(single).hashes()[str(single)].sha256]
 

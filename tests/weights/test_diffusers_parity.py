@@ -55,7 +55,7 @@ def test_a_folder_saved_there_is_a_model_here(tmp_path: Path) -> None:
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "m", local_files_only=True)
     pipe.save_pretrained(tmp_path / "theirs", safe_serialization=True)
     again = load(tmp_path / "theirs")
-    for name, network in model.parts.items():
-        state = again.parts[name].state_dict()
+    for name, network in model.networks.items():
+        state = again.networks[name].state_dict()
         assert all(torch.equal(state[key], value) for key, value in network.state_dict().items()), name
     assert again.tokens.encode("a fox in the snow") == model.tokens.encode("a fox in the snow")

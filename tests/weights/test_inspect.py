@@ -41,7 +41,7 @@ def test_the_report(single: Path) -> None:
     assert [part.name for part in found.parts] == ["denoiser", "vae", "text"] and found.missing == ()
     model = tiny()
     for part in found.parts:
-        state = model.parts[part.name].state_dict()
+        state = model.networks[part.name].state_dict()
         assert part.tensors == len(state) and part.parameters == sum(v.numel() for v in state.values())
         assert part.dtypes == {"F32": len(state)}
     assert found.latent is not None and (found.latent.channels, found.latent.stride) == (4, 4)

@@ -50,10 +50,8 @@ def tiny(
         fill(network)
     model = Model(
         family=family,
-        denoiser=unet,
-        vae=vae,
-        text=text,
-        tokens=tokens,
+        networks={"denoiser": unet, "vae": vae, "text": text},
+        words={"text": tokens},
         schedule=TEXT_TO_IMAGE.schedule(),
         prediction=PREDICTIONS[prediction],
         latent=replace(family.latent, stride=4),
@@ -73,7 +71,7 @@ def weights(model: Model) -> dict[str, torch.Tensor]:
     """All tensors of a model by native name."""
     return {
         f"{name}.{key}": value
-        for name, network in model.parts.items()
+        for name, network in model.networks.items()
         for key, value in network.state_dict().items()
     }
 

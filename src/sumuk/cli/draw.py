@@ -117,8 +117,7 @@ def _show(events: Iterator[engine.Event]) -> Iterator[tuple[int, Image.Image, di
 def run_replay(
     path: Path,
     model: Path | None,
-    init: Path | None,
-    mask: Path | None,
+    pictures: dict[str, Path | None],
     out: Path | None,
     device: str | None,
 ) -> None:
@@ -126,8 +125,7 @@ def run_replay(
     if out is not None:
         check_target(out)
     drawn, receipt = read_receipt(path)
-    given = [None if each is None else read_image(each) for each in (init, mask)]
-    request = request_of(receipt, *given)
+    request = request_of(receipt, {name: read_image(each) for name, each in _said(pictures).items()})
     machine = receipt["machine"]
     how = {
         "device": device or machine["device"],

@@ -42,7 +42,7 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the solver; the family's if left out.")] = None,
-    solver: Annotated[str | None, typer.Option(help="See 'sumuk solvers'; dpmpp-2m if left out.")] = None,
+    solver: Annotated[str | None, typer.Option(help="See 'sumuk solvers'; the family's if left out.")] = None,
     grid: Annotated[
         str | None, typer.Option(help="Step spacing; the solver's usual one if left out.")
     ] = None,
@@ -58,6 +58,14 @@ def generate(
     clip_skip: Annotated[
         int | None, typer.Option(help="1: last layer of the text tower, 2: the one before it.")
     ] = None,
+    label: Annotated[int | None, typer.Option(help="Class number, for models of classes.")] = None,
+    original: Annotated[
+        tuple[int, int] | None, typer.Option(help="Width and height that SDXL is told; the picture's.")
+    ] = None,
+    crop: Annotated[
+        tuple[int, int] | None, typer.Option(help="Left and top that SDXL is told were cut away; 0 0.")
+    ] = None,
+    hint: Annotated[Path | None, typer.Option(help="Depth map or edges, for models that follow one.")] = None,
     init: Annotated[Path | None, typer.Option(help="Picture to begin from.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of it is drawn anew; 0.75.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White is drawn anew, black is kept.")] = None,
@@ -97,6 +105,10 @@ def generate(
         "variation": variation,
         "count": count,
         "clip_skip": clip_skip,
+        "label": label,
+        "original": original,
+        "crop": crop,
+        "hint": hint,
         "init": init,
         "strength": strength,
         "mask": mask,
@@ -113,6 +125,7 @@ def replay(
     model: ModelOption = None,
     init: Annotated[Path | None, typer.Option(help="The picture it began from, if it did.")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask that was used, if one was.")] = None,
+    hint: Annotated[Path | None, typer.Option(help="The picture that it followed, if it did.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write the picture drawn again.")
     ] = None,
@@ -123,7 +136,7 @@ def replay(
     """Draw a picture again from its receipt; say identical, within tolerance, or why not."""
     from sumuk.cli.draw import run_replay
 
-    run_replay(image, model, init, mask, out, device)
+    run_replay(image, model, {"init": init, "mask": mask, "hint": hint}, out, device)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import sumuk.families
 from sumuk.base.errors import BadFile
-from sumuk.families.family import FAMILIES, Arrangement, Family, Part
+from sumuk.families.family import FAMILIES, Arrangement, Kind, Part
 from sumuk.files.layout import Moved, some
 from sumuk.files.tensors import Lazy
 
@@ -51,7 +51,7 @@ class Match:
         moved: its tensors by native name, lazily, and what is left over.
     """
 
-    family: Family
+    family: Kind
     arrangement: Arrangement
     moved: Moved
 
@@ -73,29 +73,29 @@ class Unknown:
     moved: Moved = field(default_factory=Moved)
 
 
-def families() -> list[Family]:
+def families() -> list[Kind]:
     """All families. Every module of this package is imported and registers its own, so there is no list."""
     for module in pkgutil.iter_modules(sumuk.families.__path__):
         importlib.import_module(f"sumuk.families.{module.name}")
     return [FAMILIES[name] for name in FAMILIES]
 
 
-def detect(tensors: Mapping[str, Lazy], among: list[Family] | None = None) -> Match | Unknown:
+def detect(tensors: Mapping[str, Lazy], among: list[Kind] | None = None) -> Match | Unknown:
     """The family and arrangement of a file or folder.
 
     Args:
         tensors: its tensors by their names in the file; in a diffusers folder ``unet/conv_in.weight``.
         among: families to consider, all by default.
     """
-    moved: dict[int, Moved] = {}
+    done: dict[int, Moved] = {}
     matches: list[Match] = []
     partial: list[Unknown] = []
     reasons: list[str] = []
     for family in families() if among is None else among:
         for arrangement in family.arrangements:
-            if id(arrangement) not in moved:
-                moved[id(arrangement)] = _move(arrangement, tensors)
-            here = moved[id(arrangement)]
+            if id(arrangement) not in done:
+                done[id(arrangement)] = moved(arrangement, tensors)
+            here = done[id(arrangement)]
             present = tuple(part for part in family.parts if f"{part.name}.{part.key}" in here.tensors)
             if not present:
                 continue
@@ -110,7 +110,8 @@ def detect(tensors: Mapping[str, Lazy], among: list[Family] | None = None) -> Ma
     return _unknown(tensors, partial, reasons)
 
 
-def _move(arrangement: Arrangement, tensors: Mapping[str, Lazy]) -> Moved:
+def moved(arrangement: Arrangement, tensors: Mapping[str, Lazy]) -> Moved:
+    """A file's tensors at the places that an arrangement gives them; all unknown where it does not fit at all."""
     try:
         return arrangement.layout(tensors).forward(tensors)
     except BadFile:  # shapes that its rules cannot cut: some other layout's names

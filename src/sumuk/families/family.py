@@ -7,12 +7,14 @@ path. Nothing here imports torch; networks are imported when one is built.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sumuk.base.registry import Registry
 from sumuk.diffusion.schedule import Schedule
+from sumuk.families.reading import Given, Reading
 from sumuk.files.layout import Layout, Rule, alias, rename
 from sumuk.files.tensors import Shape
 
@@ -38,6 +40,7 @@ class Part:
         supplier: which file would supply the part if it is missing.
         build: a network from its native names and shapes, on torch's present default device.
         config: the ``config.json`` of the diffusers layout, from native names and shapes.
+        optional: whether a model is whole without it (SD3 draws without T5).
     """
 
     name: str
@@ -50,6 +53,7 @@ class Part:
     supplier: str
     build: Callable[[Shapes], nn.Module]
     config: Callable[[Shapes], dict[str, Any]]
+    optional: bool = False
 
     def rules(self, dialect: str, names: Collection[str]) -> list[Rule]:
         """The rules of one dialect, ``original`` or ``diffusers``."""
@@ -97,15 +101,19 @@ class Latent:
 
     Attributes:
         channels: of one latent.
-        stride: pixels a side that one latent cell stands for.
+        stride: pixels a side that one latent cell stands for; Cascade's stage C has no whole number of them.
         scale: factor.
         shift: offset.
     """
 
     channels: int
-    stride: int
+    stride: float
     scale: float
     shift: float = 0.0
+
+    def cells(self, side: int) -> int:
+        """How many cells a side of that many pixels has; a last one may reach beyond the picture."""
+        return math.ceil(side / self.stride - 1e-6)
 
     def encode(self, z: Tensor) -> Tensor:
         """The autoencoder's latent ``[B, C, H, W]`` as the denoiser knows it."""
@@ -118,11 +126,16 @@ class Latent:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a request gets that does not say: pixels a side, steps, guidance scale."""
+    """What a request gets that does not say: pixels a side, steps, guidance scale, solver, step spacing.
+
+    ``grid`` None is the solver's own spacing.
+    """
 
     size: int
     steps: int
     guidance: float
+    solver: str = "dpmpp-2m"
+    grid: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +156,11 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """A family, or one variant of it.
+class Kind:
+    """A kind of weight file, or one variant of it: what it holds and how it is recognised.
+
+    A kind by itself completes a model or changes one: an autoencoder, a text tower, a ControlNet. One that draws is
+    a :class:`Family`.
 
     Attributes:
         name: short and stable (``sd1``).
@@ -153,14 +169,7 @@ class Family:
         architecture: the modelspec name (``modelspec.architecture``) that its files carry.
         arrangements: the layouts of its files; the first lists all parts and is the one to write by default.
         recognise: None if native names and shapes are this variant's, else the reason why not.
-        latent: of the published models; a file's metadata may say otherwise.
-        schedule: its noise.
-        prediction: what its network predicts unless a file says otherwise, a name in ``PREDICTIONS``.
-        text: the parts that read the prompt, in order.
-        guidance: how guidance is done: ``classifier-free``, ``embedded`` or ``none``.
-        defaults: for requests.
         licence: SPDX-like name of the published weights' licence.
-        folder: what the JSON files of a diffusers folder say beside the networks' own configurations.
     """
 
     name: str
@@ -169,14 +178,7 @@ class Family:
     architecture: str
     arrangements: tuple[Arrangement, ...]
     recognise: Callable[[Shapes], str | None]
-    latent: Latent
-    schedule: Callable[[], Schedule]
-    prediction: str
-    text: tuple[str, ...]
-    guidance: str
-    defaults: Defaults
     licence: str
-    folder: Callable[[Facts], dict[str, dict[str, Any]]]
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -189,6 +191,40 @@ class Family:
         return f"{self.name}/{self.variant}"
 
 
-FAMILIES: Registry[Family] = Registry("family")
-"""All families, each under its key ``name/variant``; the first variant of a family also under its bare name.
+@dataclass(frozen=True, kw_only=True)
+class Family(Kind):
+    """A kind of model that draws.
+
+    Attributes:
+        latent: of the published models; a file's metadata may say otherwise.
+        schedule: its noise.
+        resized: the noise for a picture of a width and height in pixels, where it depends on them (FLUX.1 shifts it);
+            None: it does not.
+        prediction: what its network predicts unless a file says otherwise, a name in ``PREDICTIONS``.
+        readings: the towers that read the prompt, in order; none for models without text.
+        condition: what the network takes beside ``x`` and time, by the names of its ``forward``, each of batch 1.
+        beside: what is laid beside the latent as further channels, in order: names of ``sumuk.generate.beside``.
+        guidance: how guidance is done: ``classifier-free``, ``embedded`` or ``none``.
+        classes: whether requests name a class number instead of a prompt.
+        takes: what else of a request it follows: ``sizes`` (SDXL is told them), ``hint`` (a picture that it follows).
+        defaults: for requests.
+        folder: what the JSON files of a diffusers folder say beside the networks' own configurations.
+    """
+
+    latent: Latent
+    schedule: Callable[[], Schedule]
+    resized: Callable[[Schedule, int, int], Schedule] | None = None
+    prediction: str
+    readings: tuple[Reading, ...]
+    condition: Callable[[Given], dict[str, Tensor]]
+    beside: tuple[str, ...] = ()
+    guidance: str
+    classes: bool = False
+    takes: tuple[str, ...] = ()
+    defaults: Defaults
+    folder: Callable[[Facts], dict[str, dict[str, Any]]]
+
+
+FAMILIES: Registry[Kind] = Registry("family")
+"""All kinds, each under its key ``name/variant``; the first variant of a family also under its bare name.
 """

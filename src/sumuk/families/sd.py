@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sumuk.diffusion.schedule import scaled_linear
 from sumuk.families.diffusers import HEADLESS, clip_rules, unet_rules, vae_rules
 from sumuk.families.family import FAMILIES, Arrangement, Defaults, Facts, Family, Latent, Part, Shapes
+from sumuk.families.reading import Reading
 from sumuk.files.layout import ignore
 
 if TYPE_CHECKING:
@@ -283,7 +284,8 @@ TEXT_TO_IMAGE = Family(
     latent=Latent(channels=4, stride=8, scale=0.18215),
     schedule=scaled_linear,
     prediction="eps",
-    text=("text",),
+    readings=(Reading(part="text"),),
+    condition=lambda given: {"context": given.texts["text"].z},
     guidance="classifier-free",
     defaults=Defaults(size=512, steps=25, guidance=7.5),
     licence="CreativeML-OpenRAIL-M",
@@ -295,6 +297,7 @@ INPAINTING = replace(
     title="Stable Diffusion 1.x inpainting",
     architecture="stable-diffusion-v1-inpainting",
     recognise=partial(_recognise, (1, 1)),
+    beside=("mask", "masked"),
     folder=partial(_folder, "StableDiffusionInpaintPipeline"),
 )
 PIX2PIX = replace(
@@ -303,6 +306,7 @@ PIX2PIX = replace(
     title="InstructPix2Pix (Stable Diffusion 1.x)",
     architecture="stable-diffusion-v1-edit",
     recognise=partial(_recognise, (1, 0)),
+    beside=("image",),
     folder=partial(_folder, "StableDiffusionInstructPix2PixPipeline"),
 )
 

@@ -6,7 +6,7 @@ and the second pass at a larger size are all the same walk down a grid, begun at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,41 +19,45 @@ from sumuk.diffusion.guidance import Conditions, Row, guided
 from sumuk.diffusion.noise import BrownianPath, ImageNoise
 from sumuk.diffusion.sample import Moved, sample
 from sumuk.diffusion.solver import Ask
+from sumuk.families.reading import Given, Sizes
+from sumuk.generate.beside import channels
+from sumuk.generate.beside import latent as to_latent
 from sumuk.generate.pixels import to_mask, to_pixels
 from sumuk.generate.settings import Settings
-from sumuk.generate.text import Texts
+from sumuk.generate.text import Said, Texts
 from sumuk.weights.model import Model
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a row tells the network beside x: text, an optional vector, channels that are put beside the latent."""
+    """What a row tells the network beside x and time."""
 
-    context: Tensor
-    """[1, L, D]"""
-    vector: Tensor | None = None
-    """[1, V]"""
-    channels: Tensor | None = None
-    """[1, K, h, w]: mask and masked picture of inpainting models."""
+    inputs: Mapping[str, Tensor]
+    """Each of batch 1, by the names of the network's ``forward``."""
+    beside: Tensor | None = None
+    """[1, K, h, w]: mask and masked picture of inpainting models, and the like."""
+    network: str = "denoiser"
+    """Which of the model's networks is asked."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Settings of the forward that hold for the whole batch (which layers to skip)."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Rows with equal keys can share a forward."""
-        return tuple(
-            None if each is None else each.shape for each in (self.context, self.vector, self.channels)
-        )
+        shapes = tuple((name, value.shape) for name, value in self.inputs.items())
+        return (self.network, shapes, None if self.beside is None else self.beside.shape, self.options)
 
     def widen(self, x: Tensor) -> Tensor:
-        return x if self.channels is None else torch.cat([x, self.channels], dim=1)
+        return x if self.beside is None else torch.cat([x, self.beside], dim=1)
 
     @staticmethod
-    def stack(
-        some: Sequence[Condition], device: torch.device | str, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        """Contexts and vectors of rows with equal keys, as the network takes them."""
-        context = torch.cat([each.context for each in some]).to(device, dtype)
-        vectors = [each.vector for each in some if each.vector is not None]
-        return context, torch.cat(vectors).to(device, dtype) if vectors else None
+    def stack(some: Sequence[Condition], device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The inputs of rows with equal keys, as the network takes them; numbers of a picture keep float32."""
+        stacked: dict[str, Tensor] = {}
+        for name in some[0].inputs:
+            value = torch.cat([each.inputs[name] for each in some]).to(device)
+            stacked[name] = value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
+        return stacked
 
 
 def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | Moved, Any, Tensor]:
@@ -69,15 +73,12 @@ def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | 
     walk = _Walk(model, settings, (settings.seed + image) % 2**64)
     known = None
     if request.init is not None:
-        pixels = to_pixels(request.init, settings.width, settings.height)
-        known = model.encode_latent(pixels.to(model.device)).to("cpu", torch.float32)
+        known = to_latent(model, to_pixels(request.init, settings.width, settings.height))
     latent = yield from walk(settings.width, settings.height, known, request.strength, settings.steps)
     if request.hires is not None and settings.larger is not None:
-        stride, hires = model.latent.stride, request.hires
-        width, height = settings.larger
-        larger = F.interpolate(
-            latent, (height // stride, width // stride), mode="bicubic", align_corners=False, antialias=True
-        )
+        hires, (width, height) = request.hires, settings.larger
+        cells = (model.latent.cells(height), model.latent.cells(width))
+        larger = F.interpolate(latent, cells, mode="bicubic", align_corners=False, antialias=True)
         steps = hires.steps or settings.steps
         latent = yield from walk(width, height, larger, hires.strength, steps, base=settings.walked)
     return decode(model, latent)
@@ -105,11 +106,10 @@ class _Walk:
         steps: int,
         base: int | None = None,
     ) -> Generator[list[Row] | Moved, Any, Tensor]:
-        """Returns the latent [1, C, height / stride, width / stride]."""
+        """Returns the latent [1, C, h, w]."""
         model, settings, request = self.model, self.settings, self.settings.request
-        stride = model.latent.stride
-        shape = (1, model.latent.channels, height // stride, width // stride)
-        grid = make_grid(settings.grid, model.schedule, steps)
+        shape = (1, model.latent.channels, model.latent.cells(height), model.latent.cells(width))
+        grid = make_grid(settings.grid, model.noise_for(width, height), steps)
         if known is not None:
             grid = part(grid, strength)
         noise = ImageNoise(
@@ -119,19 +119,10 @@ class _Walk:
         x = start.sigma * unit if known is None else start.alpha * known + start.sigma * unit
         mask = None
         if request.mask is not None:
-            mask = to_mask(request.mask, width // stride, height // stride, request.mask_blur)
-        channels = self._beside(width, height)
+            mask = to_mask(request.mask, shape[-1], shape[-2], request.mask_blur)
         path = BrownianPath(self.seed, shape) if settings.listing.noise == "brownian" else noise
 
-        texts = Texts(model, settings, len(grid) - 1, base)
-
-        def conditions(step: int) -> Conditions:
-            wanted, negative = texts.at(step)
-            return Conditions(
-                tuple((Condition(context, channels=channels), weight) for context, weight in wanted),
-                Condition(negative, channels=channels),
-            )
-
+        conditions = _Conditions(model, settings, width, height, len(grid) - 1, base)
         latent = yield from guided(
             sample(settings.make_solver(), x, grid, path),
             model.prediction,
@@ -145,26 +136,46 @@ class _Walk:
     @property
     def _fills(self) -> bool:
         """Whether the model is an inpainting model, which keeps what is outside the mask by itself."""
-        return self.model.denoiser.shape.in_channels == 2 * self.model.latent.channels + 1
+        return "masked" in self.model.family.beside
 
-    def _beside(self, width: int, height: int) -> Tensor | None:
-        """What inpainting (9) and editing (8 channels) models see beside the latent [1, K, h, w]."""
-        model, request = self.model, self.settings.request
-        if request.init is None or model.denoiser.shape.in_channels == model.latent.channels:
-            return None
-        pixels = to_pixels(request.init, width, height)
-        if not self._fills:  # instruct-pix2pix: the picture's unscaled latent
-            return self._latent(pixels) / model.latent.scale
-        hole = (
-            to_mask(request.mask, width, height).round()
-            if request.mask is not None
-            else torch.ones(1, 1, height, width)
+
+class _Conditions:
+    """What each step of a pass is steered by; steps that read the same share one value."""
+
+    def __init__(
+        self, model: Model, settings: Settings, width: int, height: int, steps: int, base: int | None
+    ) -> None:
+        self._model, self._settings = model, settings
+        request = settings.request
+        self._sizes = Sizes(
+            original=(height, width)
+            if request.original is None
+            else (request.original[1], request.original[0]),
+            crop=(0, 0) if request.crop is None else (request.crop[1], request.crop[0]),
+            target=(height, width),
         )
-        seen = self._latent(pixels * (1 - hole))
-        return torch.cat([F.interpolate(hole, seen.shape[-2:], mode="nearest"), seen], dim=1)
+        self._texts = Texts(model, settings, steps, base)
+        self._beside = channels(model, request, width, height)
+        self._known: dict[int, Conditions] = {}
 
-    def _latent(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_latent(pixels.to(self.model.device)).to("cpu", torch.float32)
+    def __call__(self, step: int) -> Conditions:
+        first = self._texts.since(step)
+        if first not in self._known:
+            wanted, negative = self._texts.at(first)
+            positive = tuple((self._condition(said, False), weight) for said, weight in wanted)
+            self._known = {first: Conditions(positive, self._condition(negative, True))}
+        return self._known[first]
+
+    def _condition(self, texts: Said, negative: bool) -> Condition:
+        given = Given(
+            shape=self._model.denoiser.shape,
+            sizes=self._sizes,
+            texts=texts,
+            negative=negative,
+            guidance=self._settings.guidance_scale,
+            label=self._settings.request.label,
+        )
+        return Condition(self._model.family.condition(given), beside=self._beside)
 
 
 def _keeper(known: Tensor, mask: Tensor) -> Callable[[Tensor, Ask], Tensor]:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from sumuk.base.errors import BadInput, nearest
+from sumuk.families.reading import Encoded
 from sumuk.generate.prompt import BREAK, Prompt, SubPrompt, parse
-from sumuk.nets.tokens import ClipTokens
+from sumuk.weights.model import Words
 
 Emphasis = Literal["original", "no-norm", "none"]
 EMPHASES: tuple[Emphasis, ...] = ("original", "no-norm", "none")
@@ -41,7 +42,7 @@ MOST_CHUNKS = 64
 MOST_TEXTS = 1024
 """Different texts of one prompt over all steps."""
 
-Contexts: TypeAlias = tuple[tuple[Tensor, float], ...]
+Contexts: TypeAlias = tuple[tuple[Encoded, float], ...]
 """For each sub-prompt its context [1, chunks * L, D] and its weight."""
 
 
@@ -49,12 +50,17 @@ class TextTower(Protocol):
     """Reads rows of tokens. Which layer it takes (clip skip) and whether it is normed is its own affair."""
 
     @property
-    def tokens(self) -> ClipTokens:
+    def tokens(self) -> Words:
         """The vocabulary, the length of a row and its special tokens."""
         ...
 
-    def encode(self, ids: Tensor) -> Tensor:
-        """Rows [n, L] of int64 on the CPU to [n, L, D] on any device."""
+    @property
+    def chunked(self) -> bool:
+        """Whether longer text goes on in further rows, as with CLIP; T5 reads one row."""
+        ...
+
+    def encode(self, ids: Tensor) -> Encoded:
+        """Rows [n, L] of int64 on the CPU to z [n, L, D] on any device, and the first row's sentence [1, P]."""
         ...
 
 
@@ -89,11 +95,11 @@ def contexts(
         raise BadInput(f"unknown emphasis {emphasis!r}{nearest(emphasis, EMPHASES)}")
     if steps < 1:
         raise BadInput(f"steps must be at least 1, got {steps}")
-    known: dict[tuple[object, ...], Tensor] = {}
+    known: dict[tuple[object, ...], Encoded] = {}
     changes = prompt.changes(steps, base)
     found: list[Contexts] = []
     for step, following in zip(changes, [*changes[1:], steps + 1], strict=True):
-        here: list[tuple[Tensor, float]] = []
+        here: list[tuple[Encoded, float]] = []
         for part in prompt.at(step, steps, base):
             if part.segments not in known:
                 if len(known) == MOST_TEXTS:
@@ -106,42 +112,40 @@ def contexts(
 
 def empty_context(tower: TextTower) -> Tensor:
     """What the tower makes of no words, [1, L, D]."""
-    return contexts(parse(""), tower, 1)[0][0][0]
+    return contexts(parse(""), tower, 1)[0][0][0].z
 
 
-def match_lengths(a: Tensor, b: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes two contexts equally long, so that they fit one forward: chunks of no words follow the shorter.
+def lengthen(context: Tensor, length: int, empty: Tensor) -> Tensor:
+    """A context [B, n, D] with chunks of no words after it, so that it fits one forward with a longer one.
 
     Args:
-        a, b: [B, n, D] with any n that are multiples of L.
+        context: n is a multiple of L.
+        length: tokens wanted, a multiple of L as well.
         empty: [1, L, D], :func:`empty_context`.
 
     Raises:
         BadInput: lengths that are no multiple of L.
     """
-    for each in (a, b):
-        if each.shape[1] % empty.shape[1]:
-            raise BadInput(f"a context of {each.shape[1]} tokens is not made of chunks of {empty.shape[1]}")
-    longest = max(a.shape[1], b.shape[1])
-    return _lengthen(a, longest, empty), _lengthen(b, longest, empty)
-
-
-def _lengthen(context: Tensor, length: int, empty: Tensor) -> Tensor:
+    for tokens in (context.shape[1], length):
+        if tokens % empty.shape[1]:
+            raise BadInput(f"a context of {tokens} tokens is not made of chunks of {empty.shape[1]}")
     missing = (length - context.shape[1]) // empty.shape[1]
-    if not missing:
+    if missing <= 0:
         return context
     return torch.cat([context, empty.to(context).repeat(len(context), missing, 1)], dim=1)
 
 
-def _encode(part: SubPrompt, tower: TextTower, emphasis: Emphasis) -> Tensor:
+def _encode(part: SubPrompt, tower: TextTower, emphasis: Emphasis) -> Encoded:
     """One text to its context [1, chunks * L, D]."""
     tokens = tower.tokens
-    chunks = _chunks(part, tokens)
-    z = tower.encode(torch.tensor([tokens.row(chunk.ids) for chunk in chunks], dtype=torch.int64))
-    rows = [[1.0, *chunk.weights] + [1.0] * (tokens.length - 1 - len(chunk.weights)) for chunk in chunks]
+    chunks = _chunks(part, tokens) if tower.chunked else [_row(part, tokens)]
+    said = tower.encode(torch.tensor([tokens.row(chunk.ids) for chunk in chunks], dtype=torch.int64))
+    z, before = said.z, [1.0] * tower.chunked  # CLIP's rows begin with a token of their own
+    rows = [[*before, *chunk.weights] for chunk in chunks]
+    rows = [row + [1.0] * (tokens.length - len(row)) for row in rows]
     if emphasis != "none" and any(weight != 1.0 for row in rows for weight in row):
         z = _emphasise(z, torch.tensor(rows, dtype=z.dtype, device=z.device), restore=emphasis == "original")
-    return z.reshape(1, -1, z.shape[-1])
+    return Encoded(z=z.reshape(1, -1, z.shape[-1]), pooled=said.pooled)
 
 
 def _emphasise(z: Tensor, weights: Tensor, restore: bool) -> Tensor:
@@ -157,7 +161,18 @@ def _emphasise(z: Tensor, weights: Tensor, restore: bool) -> Tensor:
     return weighted
 
 
-def _chunks(part: SubPrompt, tokens: ClipTokens) -> list[_Chunk]:
+def _row(part: SubPrompt, tokens: Words) -> _Chunk:
+    """All of a text in one row; a row that is too long is refused by the vocabulary."""
+    words = [segment for segment in part.segments if segment is not BREAK]
+    row = _Chunk()
+    for segment in words:
+        ids = tokens.encode(segment.text)
+        row.ids += ids
+        row.weights += [segment.weight] * len(ids)
+    return row
+
+
+def _chunks(part: SubPrompt, tokens: Words) -> list[_Chunk]:
     """Tokens in chunks of at most ``length - 2``; at least one chunk."""
     room = tokens.length - 2
     comma = tokens.encode(",")[-1:]

@@ -176,9 +176,11 @@ class Engine:
         device, dtype = self.model.device, self.model.dtype
         x = torch.cat([row.condition.widen(row.x) for row in rows]).to(device, dtype)
         time_ = torch.tensor([row.level.time for row in rows], device=device, dtype=torch.float32)
-        context, vector = Condition.stack([row.condition for row in rows], device, dtype)
-        output = self.model.denoiser(x, time_, context, vector)
-        return list(output.to("cpu", torch.float32).split(1))
+        asked: Condition = rows[0].condition
+        inputs = Condition.stack([row.condition for row in rows], device, dtype)
+        output = self.model.networks[asked.network](x, time_, **inputs, **dict(asked.options))
+        # A network that also predicts a variance appends its channels; no solver here uses it.
+        return list(output[:, : rows[0].x.shape[1]].to("cpu", torch.float32).split(1))
 
     def _advance(self, track: _Track, reply: Any, events: list[Event]) -> None:
         """Send answers to a picture's coroutine until it asks again or ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,16 @@ class Verdict:
     picture: Image.Image
 
 
-def request_of(receipt: dict[str, Any], init: Image.Image | None, mask: Image.Image | None) -> Request:
-    """The request inside a receipt; the pictures that it began from must be given again, and be the same.
+PICTURES = ("init", "mask", "hint")
+"""Fields of a request that are pictures: a receipt has their digests only."""
+
+
+def request_of(receipt: dict[str, Any], pictures: Mapping[str, Image.Image | None]) -> Request:
+    """The request inside a receipt; the pictures that it used must be given again, and be the same.
+
+    Args:
+        receipt: what :func:`sumuk.generate.receipt.read_receipt` found.
+        pictures: by field of the request (``init``, ``mask``, ``hint``).
 
     Raises:
         BadInput: a picture is missing, is not the one that the receipt's digest says, or was not used at all; a
@@ -52,7 +61,8 @@ def request_of(receipt: dict[str, Any], init: Image.Image | None, mask: Image.Im
         raise BadFile(
             "the receipt is damaged: it tells of one picture, but its count is another", "receipt.damaged"
         )
-    for name, given in (("init", init), ("mask", mask)):
+    for name in PICTURES:
+        given = pictures.get(name)
         noted = values.pop(name, None)
         if noted is None:
             if given is not None:

@@ -22,7 +22,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PlainSerializer,
+    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -181,9 +183,10 @@ class Request(_Value):
     width: Size | None = None
     height: Size | None = None
     steps: int | None = Field(default=None, ge=1, le=1000)
-    solver: str = "dpmpp-2m"
+    solver: str | None = None
+    """None: the one that the model family is usually drawn with."""
     grid: str | None = None
-    """Step spacing; None: the one that the model family uses."""
+    """Step spacing; None: the one that the model family or the solver uses."""
     eta: Number | None = Field(default=None, ge=0.0, le=1.0)
     """Share of fresh noise for solvers that have it; None: the solver's own."""
     guidance: Number | None = Field(default=None, ge=0.0, le=100.0)
@@ -199,6 +202,14 @@ class Request(_Value):
     count: int = Field(default=1, ge=1, le=64)
     clip_skip: int = Field(default=1, ge=1, le=12)
     """1 takes the text tower's last layer, 2 the one before it."""
+    label: int | None = Field(default=None, ge=0)
+    """Class number, for models that draw classes instead of prompts."""
+    original: tuple[PositiveInt, PositiveInt] | None = None
+    """Width and height that SDXL is told its training picture had; None: those of the picture."""
+    crop: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """Left and top that SDXL is told were cut away; None: nothing."""
+    hint: Picture | None = None
+    """The picture that a depth or control model follows (a depth map, edges)."""
     init: Picture | None = None
     strength: Number = Field(default=0.75, gt=0.0, le=1.0)
     """Image to image: the share of the way that is walked again."""

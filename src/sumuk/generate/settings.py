@@ -5,8 +5,10 @@ These are the values that the receipt states, so that nothing which shaped a pic
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from sumuk.base.errors import BadInput
@@ -37,6 +39,8 @@ class Settings:
     """Steps of the first pass after strength shortened them."""
     larger: tuple[int, int] | None
     """Width and height of the second pass."""
+    kind: str = "classifier-free"
+    """How the family is guided: see ``Family.guidance``."""
 
     @property
     def listing(self) -> Listing:
@@ -51,7 +55,7 @@ class Settings:
     def guidance(self) -> Guidance:
         """How the rows of an ask are combined."""
         wanted = self.request
-        if self.guidance_scale == 1.0:
+        if self.guidance_scale == 1.0 or self.kind != "classifier-free":
             return Plain()
         return Cfg(
             scale=self.guidance_scale,
@@ -86,9 +90,10 @@ def resolve(request: Request, model: Model) -> Settings:
         BadInput: a name that is not known (with the nearest one), a size or number of steps that the model cannot
             draw, an extra network that cannot be applied, or a setting that would do nothing.
     """
-    solver = SOLVERS.canonical(request.solver)
+    defaults = model.defaults
+    solver = SOLVERS.canonical(defaults.solver if request.solver is None else request.solver)
     listing = SOLVERS[solver]
-    grid = GRIDS.canonical(request.grid) if request.grid is not None else listing.grid
+    grid = GRIDS.canonical(defaults.grid or listing.grid if request.grid is None else request.grid)
     if request.eta is not None and "eta" not in listing.settings:
         having = ", ".join(name for name in SOLVERS if "eta" in SOLVERS[name].settings)
         raise BadInput(f"solver {solver!r} has no eta; leave it out or take one of {having}")
@@ -98,12 +103,11 @@ def resolve(request: Request, model: Model) -> Settings:
             f"<{tag.kind}:{tag.name}> names an extra network, which cannot be applied yet; take it out"
         )
     _check_model(request, model)
-    defaults = model.defaults
     steps = defaults.steps if request.steps is None else request.steps
     scale = float(defaults.guidance if request.guidance is None else request.guidance)
     width, height = _size(request, model)
     walks = _walks(request, model, grid, steps)
-    _check_guidance(request, scale, walks)
+    _check_guidance(request, model, scale, walks)
     if request.preview and request.preview >= max(walks):
         raise BadInput(f"a preview every {request.preview} steps never comes in {max(walks)} steps; lower it")
     return Settings(
@@ -119,22 +123,44 @@ def resolve(request: Request, model: Model) -> Settings:
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         walked=walks[0],
         larger=_larger(request, model, width, height),
+        kind=model.family.guidance,
     )
 
 
 def _check_model(request: Request, model: Model) -> None:
-    layers = len(model.text.text_model.encoder.layers)
-    if request.clip_skip > layers:
+    """Refuse what this model cannot follow, and what it cannot do without."""
+    family = model.family
+    name = f"{family.title} ({family.variant})"
+    for reading in model.readings:
+        if reading.words == "clip":
+            layers = model.networks[reading.part].shape.depth - (reading.layer - 1)
+            if request.clip_skip > layers:
+                raise BadInput(
+                    f"clip_skip {request.clip_skip} is more than the {layers} layers of this model's text tower"
+                )
+    if not model.readings:
+        for field in ("prompt", "negative"):
+            if getattr(request, field):
+                raise BadInput(f"{name} reads no text, so that the {field} would do nothing; leave it out")
+    for field, needed in (("label", family.classes), ("hint", "hint" in family.takes)):
+        if getattr(request, field) is not None and not needed:
+            raise BadInput(f"{field} does nothing for {name}; leave it out")
+    for field in ("original", "crop"):
+        if getattr(request, field) is not None and "sizes" not in family.takes:
+            raise BadInput(f"{field} does nothing for {name}, which is not told sizes; leave it out")
+    if request.label is not None and not 0 <= request.label < model.denoiser.shape.classes:
         raise BadInput(
-            f"clip_skip {request.clip_skip} is more than the {layers} layers of this model's text tower"
+            f"label {request.label} is not one of the classes 0 to {model.denoiser.shape.classes - 1}"
         )
-    if request.init is None and model.denoiser.shape.in_channels > model.latent.channels:
-        raise BadInput(f"{model.family.title} ({model.family.variant}) needs an init image")
+    if request.init is None and {"mask", "masked", "image", "low"} & set(family.beside):
+        raise BadInput(f"{name} needs an init image")
+    if request.hint is None and "hint" in family.takes:
+        raise BadInput(f"{name} needs a hint, the picture that it follows")
 
 
 def _walks(request: Request, model: Model, grid: str, steps: int) -> list[int]:
     """How many steps each pass takes."""
-    first = make_grid(grid, model.schedule, steps)
+    first = make_grid(grid, model.schedule, steps)  # how many levels there are does not depend on the size
     walks = [first if request.init is None else part(first, request.strength)]
     if request.hires is not None:
         second = make_grid(grid, model.schedule, request.hires.steps or steps)
@@ -142,8 +168,20 @@ def _walks(request: Request, model: Model, grid: str, steps: int) -> list[int]:
     return [len(levels) - 1 for levels in walks]
 
 
-def _check_guidance(request: Request, scale: float, walks: list[int]) -> None:
+def _check_guidance(request: Request, model: Model, scale: float, walks: list[int]) -> None:
     """Refuse what guidance would leave without effect."""
+    kind, title = model.family.guidance, model.family.title
+    if kind == "none" and scale != 1.0:
+        raise BadInput(
+            f"{title} is drawn without guidance; guidance {scale:g} would do nothing, leave it out"
+        )
+    if kind == "embedded":
+        for name in ("negative", "rescale", "guidance_start", "guidance_end"):
+            if getattr(request, name) != Request.model_fields[name].default:
+                raise BadInput(
+                    f"{name} does nothing for {title}, whose guidance is part of the network; leave it out"
+                )
+        return
     if scale == 0.0 and request.prompt:
         raise BadInput("the prompt does nothing at guidance 0; 1 is no guidance")
     if scale == 1.0:
@@ -160,24 +198,30 @@ def _check_guidance(request: Request, scale: float, walks: list[int]) -> None:
 
 def _size(request: Request, model: Model) -> tuple[int, int]:
     """Width and height: as asked, else the init image's (down to a multiple of 8), else the model's own."""
-    stride = model.latent.stride
+    step = _step(model)
     if request.init is not None:
-        width, height = (max(8, side // 8 * 8) for side in request.init.size)
+        width, height = (max(step, side // step * step) for side in request.init.size)
     else:
         width = height = model.defaults.size
     width, height = request.width or width, request.height or height
     for name, side in (("width", width), ("height", height)):
-        if side % stride:
-            raise BadInput(f"{name} {side} is not a multiple of {stride}, which this model draws in")
+        if side % step:
+            raise BadInput(f"{name} {side} is not a multiple of {step}, which this model draws in")
     return _bounded("the picture", width, height)
+
+
+def _step(model: Model) -> int:
+    """Pixels that both sides of a picture are a multiple of: of 8, of whole latent cells, of whole patches."""
+    stride = Fraction(model.latent.stride).limit_denominator(100)  # Cascade's is 128 / 3
+    return math.lcm(8, stride.numerator * getattr(model.denoiser.shape, "patch", 1))
 
 
 def _larger(request: Request, model: Model, width: int, height: int) -> tuple[int, int] | None:
     """Width and height of the second pass."""
     if request.hires is None:
         return None
-    stride, scale = model.latent.stride, request.hires.scale
-    larger = (round(width * scale / stride) * stride, round(height * scale / stride) * stride)
+    step, scale = _step(model), request.hires.scale
+    larger = (round(width * scale / step) * step, round(height * scale / step) * step)
     if larger == (width, height):
         raise BadInput(f"hires scale {scale:g} leaves {width} x {height} as it is; use a larger one")
     return _bounded("the second pass", *larger)

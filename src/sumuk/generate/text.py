@@ -1,57 +1,107 @@
-"""What a request's prompts become: for each step the weighted contexts to go towards and the one to go away from."""
+"""What a request's prompts become: for each step what every tower says of each text, all equally long."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sumuk.generate.encode import Contexts, contexts, empty_context, match_lengths
+from sumuk.families.reading import Encoded, Reading
+from sumuk.generate.encode import Contexts, contexts, empty_context, lengthen
+from sumuk.generate.prompt import Prompt
 from sumuk.generate.settings import Settings
-from sumuk.nets.tokens import ClipTokens
-from sumuk.weights.model import Model
+from sumuk.weights.model import Model, Words
+
+Said = Mapping[str, Encoded]
+"""What each tower says of one text, by part."""
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A model's text tower, read at a layer: see :class:`sumuk.generate.encode.TextTower`."""
+    """One of a model's text towers, read as its family reads it: see :class:`sumuk.generate.encode.TextTower`."""
 
-    model: Model
-    clip_skip: int
+    network: Any
+    tokens: Words
+    reading: Reading
+    clip_skip: int = 1
 
     @property
-    def tokens(self) -> ClipTokens:
-        return self.model.tokens
+    def chunked(self) -> bool:
+        return self.reading.words == "clip"
 
-    def encode(self, ids: Tensor) -> Tensor:
-        """Rows [n, L] to [n, L, D]; each row by itself, so that a text's encoding does not know its company."""
-        rows = [self.model.text(row[None].to(self.model.device)).skip(self.clip_skip) for row in ids]
-        return torch.cat(rows).to("cpu", torch.float32)
+    def encode(self, ids: Tensor) -> Encoded:
+        """Each row by itself, so that a text's encoding does not know its company."""
+        device = next(self.network.parameters()).device
+        outputs = [self._read(row[None].to(device)) for row in ids]
+        rows = [self._layer(output) for output in outputs]
+        pool = self.reading.pool
+        pooled = None if pool is None else getattr(outputs[0], pool).to("cpu", torch.float32)
+        return Encoded(z=torch.cat(rows).to("cpu", torch.float32), pooled=pooled)
+
+    def _read(self, ids: Tensor) -> Any:
+        if not self.reading.masked:
+            return self.network(ids)
+        ends = (ids == self.network.eos).int().argmax(dim=1, keepdim=True)
+        return self.network(ids, mask=torch.arange(ids.shape[1], device=ids.device)[None] <= ends)
+
+    def _layer(self, output: Any) -> Tensor:
+        if not self.chunked:
+            return output.last
+        return output.skip(self.reading.layer + self.clip_skip - 1, self.reading.norm)
 
 
 class Texts:
-    """Both prompts of a request, encoded for one pass.
+    """Both prompts of a request, encoded by every tower for one pass.
 
     Args:
-        model: whose tower reads them.
+        model: whose towers read them.
         settings: the request.
         steps: steps of this pass.
         base: steps of the first pass when this is the second, which continues prompt schedules.
     """
 
     def __init__(self, model: Model, settings: Settings, steps: int, base: int | None = None) -> None:
-        tower = Tower(model, settings.request.clip_skip)
-        self._wanted = contexts(settings.prompt, tower, steps, base=base)
-        self._negative = contexts(settings.negative, tower, steps, base=base)
-        self._empty = empty_context(tower)
+        skip = settings.request.clip_skip
+        self._towers = {
+            reading.part: Tower(model.networks[reading.part], model.words[reading.part], reading, skip)
+            for reading in model.readings
+        }
+        self._empty = {part: empty_context(tower) for part, tower in self._towers.items()}
+        self._wanted = self._read(settings.prompt, steps, base)
+        self._negative = self._read(settings.negative, steps, base)
 
-    def at(self, step: int) -> tuple[Contexts, Tensor]:
-        """The positive contexts with their weights, and the negative one, all equally long; ``step`` from 0."""
-        wanted = [context for context, _ in self._wanted[step]]
-        ((negative, _),) = self._negative[step]  # AND is a word in it
-        longest = max([negative, *wanted], key=lambda each: each.shape[1])
-        negative = match_lengths(negative, longest, self._empty)[0]
-        wanted = [match_lengths(context, longest, self._empty)[0] for context in wanted]
-        weights = [weight for _, weight in self._wanted[step]]
+    def _read(self, prompt: Prompt, steps: int, base: int | None) -> dict[str, list[Contexts]]:
+        return {part: contexts(prompt, tower, steps, base=base) for part, tower in self._towers.items()}
+
+    def since(self, step: int) -> int:
+        """The first of the steps up to ``step`` (from 0) that read the same."""
+        everything = [*self._wanted.values(), *self._negative.values()]
+        while step and all(each[step] is each[step - 1] for each in everything):
+            step -= 1
+        return step
+
+    def at(self, step: int) -> tuple[tuple[tuple[Said, float], ...], Said]:
+        """What to go towards, with weights, and what to go away from, all equally long; ``step`` from 0."""
+        wanted: list[dict[str, Encoded]] = []
+        weights: list[float] = []
+        negative: dict[str, Encoded] = {}
+        for part in self._towers:
+            positive, ((away, _),) = (
+                self._wanted[part][step],
+                self._negative[part][step],
+            )  # AND is a word in it
+            weights = [weight for _, weight in positive]
+            longest = max(said.z.shape[1] for said in (away, *(said for said, _ in positive)))
+            negative[part] = self._long(part, away, longest)
+            wanted = wanted or [{} for _ in positive]
+            for texts, (said, _) in zip(wanted, positive, strict=True):
+                texts[part] = self._long(part, said, longest)
+        if not self._towers:
+            return (({}, 1.0),), {}
         return tuple(zip(wanted, weights, strict=True)), negative
+
+    def _long(self, part: str, said: Encoded, length: int) -> Encoded:
+        return Encoded(z=lengthen(said.z, length, self._empty[part]), pooled=said.pooled)

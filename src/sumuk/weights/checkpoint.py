@@ -10,22 +10,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from sumuk.base.errors import BadFile, BadInput, MissingFile, nearest
 from sumuk.diffusion.prediction import PREDICTIONS
-from sumuk.families.detect import Match, Unknown
-from sumuk.families.family import Part
+from sumuk.families.detect import Match, Unknown, moved
+from sumuk.families.family import Family, Latent, Part
 from sumuk.files import layout
 from sumuk.files.tensors import Lazy, Shape, Tensors, torch_dtype
-from sumuk.nets.clip import ClipText
-from sumuk.nets.unet import UNet
-from sumuk.nets.vae import Vae
+from sumuk.nets.tokens import ClipTokens
 from sumuk.weights import inspect, vocabulary
 from sumuk.weights.inspect import Opened
-from sumuk.weights.model import Model, WeightFile
+from sumuk.weights.model import Model, WeightFile, Words
 from sumuk.weights.source import read
 from sumuk.weights.writing import save
 
@@ -43,6 +43,7 @@ def load(
     *,
     vae: Place | None = None,
     text: Place | None = None,
+    parts: Mapping[str, Place] | None = None,
     ema: bool = False,
     variant: str | None = None,
     ignore: Sequence[str] = (),
@@ -57,7 +58,8 @@ def load(
             not at all.
         prediction: what the denoiser predicts (``eps``, ``v``), overruling the file and the family.
         vae: another file that supplies the autoencoder, in place of the one in ``path`` if there is one.
-        text: another file that supplies the text tower.
+        text: another file that supplies the first text tower.
+        parts: further files, by the part that each supplies (``{"text_2": ..., "text_3": ...}``).
         ema: take the averaged weights of the denoiser (``model_ema.*``) instead of the plain ones.
         variant: which weights of a diffusers folder, ``fp16`` for ``model.fp16.safetensors``.
         ignore: patterns of further tensor names to do without (``"embedding_manager.*"``).
@@ -68,51 +70,51 @@ def load(
     Raises:
         MissingFile: a file is not there, or the checkpoint lacks a network and no other file supplies it.
         BadFile: the file is damaged, of no known family, or holds tensors that the family does not explain.
-        BadInput: an unknown prediction, dtype or device.
+        BadInput: an unknown prediction, dtype, device or part.
     """
     place = _device(device)
     source = read(path, variant)
     opened = inspect.recognise(source)
     if isinstance(opened.answer, Unknown):
         raise BadFile(f"{path}: unknown model: {opened.answer.why}", "model.unknown")
+    if not isinstance(opened.answer.family, Family):
+        title = opened.answer.family.title
+        raise BadFile(
+            f"{path}: is {title}, which does not draw by itself; load a model with it", "model.kind"
+        )
     family = opened.family
     chosen = PREDICTIONS[prediction or opened.prediction().value]
-    given = {"vae": vae, "text": text}
-    supplied = {name: _supply(other, name) for name, other in given.items() if other is not None}
+    supplied = _supplied(family, {"vae": vae, "text": text, **(parts or {})})
     sources = (source, *(other.source for other in supplied.values()))
-    networks: dict[str, nn.Module] = {}
-    plans: list[tuple[nn.Module, Tensors]] = []
+    plans: dict[str, tuple[nn.Module, Tensors]] = {}
     for part in family.parts:
         origin = supplied.get(part.name, opened)
         if not origin.has(part):
+            if part.optional:
+                continue
             raise MissingFile(f"{path}: has no {part.title} ({part.name}); it is supplied by {part.supplier}")
         tensors = origin.tensors(part.name)
         if ema and part.name == "denoiser":
             tensors = _averaged(opened, tensors)
-        networks[part.name] = _build(part, tensors, origin)
-        plans.append((networks[part.name], tensors))
+        plans[part.name] = (_build(part, tensors, origin), tensors)
     for origin in (opened, *supplied.values()):
         _refuse_leftovers(origin, ignore)
-    wanted = _dtype(plans[0][1], place, dtype)
-    denoiser, autoencoder, tower = (networks[name] for name in ("denoiser", "vae", "text"))
-    assert isinstance(denoiser, UNet) and isinstance(autoencoder, Vae) and isinstance(tower, ClipText)
-    tokens = vocabulary.read(supplied.get("text", opened), tower.shape)
-    tower.eos = tokens.eos
-    latent = replace(opened.latent(), stride=autoencoder.stride)
-    if latent.channels != (made := autoencoder.shape.channels):
-        raise BadFile(
-            f"{sources[-1].path}: an autoencoder of {made} latent channels does not fit a U-Net that predicts "
-            f"{latent.channels}",
-            "model.part",
-        )
-    for network, tensors in plans:
+    networks = {name: network for name, (network, _) in plans.items()}
+    words: dict[str, Words] = {}
+    for reading in family.readings:
+        if (tower := networks.get(reading.part)) is not None:
+            tokens = vocabulary.read(supplied.get(reading.part, opened), reading, tower.shape)
+            words[reading.part] = tokens
+            if isinstance(tokens, ClipTokens):
+                tower.eos = tokens.eos  # type: ignore[assignment]  # a CLIP tower has it
+    latent = _fitting(opened.latent(), networks, sources[-1].path)
+    wanted = _dtype(plans["denoiser"][1], place, dtype)
+    for network, tensors in plans.values():
         _fill(network, tensors, place, wanted)
     return Model(
         family=family,
-        denoiser=denoiser,
-        vae=autoencoder,
-        text=tower,
-        tokens=tokens,
+        networks=networks,
+        words=words,
         schedule=opened.schedule(),
         prediction=chosen,
         latent=latent,
@@ -124,13 +126,48 @@ def load(
     )
 
 
-def _supply(path: Place, name: str) -> Opened:
+def _fitting(latent: Latent, networks: Mapping[str, Any], where: Path) -> Latent:
+    """The latent with the autoencoder's stride, if both networks agree on its channels."""
+    if (vae := networks.get("vae")) is None:
+        return latent
+    if latent.channels != (made := vae.shape.channels):
+        raise BadFile(
+            f"{where}: an autoencoder of {made} latent channels does not fit a denoiser that predicts "
+            f"{latent.channels}",
+            "model.part",
+        )
+    return replace(latent, stride=vae.stride)
+
+
+def _supplied(family: Family, places: Mapping[str, Place | None]) -> dict[str, Opened]:
+    """The files that supply parts, each read once."""
+    known = [part.name for part in family.parts]
+    opened: dict[str, Opened] = {}
+    for name, place in places.items():
+        if place is None:
+            continue
+        if name not in known:
+            raise BadInput(f"{family.title} has no part {name!r}{nearest(name, known)}")
+        opened[name] = _supply(family, place, name)
+    return opened
+
+
+def _supply(family: Family, path: Place, name: str) -> Opened:
     """Another file that holds the part ``name``, alone or among others."""
-    opened = inspect.recognise(read(path))
+    source = read(path)
+    part = next(part for part in family.parts if part.name == name)
+    for arrangement in family.arrangements:
+        if arrangement.name.startswith("bare"):
+            # The part by itself: whatever else is named like it (two CLIP towers are) cannot be meant.
+            alone = replace(arrangement, parts=((part, ""),))
+            opened = Opened(source, Match(family, alone, moved(alone, source.tensors)))
+            if opened.has(part) and not opened.moved.unknown and not opened.moved.halves:
+                return opened
+    opened = inspect.recognise(source)
     answer = opened.answer
-    parts = answer.family.parts if isinstance(answer, Match) else answer.parts
-    if not any(part.name == name and opened.has(part) for part in parts):
-        why = f": {answer.why}" if isinstance(answer, Unknown) else ""
+    there = answer.family.parts if isinstance(answer, Match) else answer.parts
+    if not any(each.name == name and opened.has(each) for each in there):
+        why = f": {answer.why}" if isinstance(answer, Unknown) else f"; it is {answer.family.title}"
         raise BadFile(f"{path}: has no part {name!r} to supply{why}", "model.part")
     return opened
 

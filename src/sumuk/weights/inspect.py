@@ -133,8 +133,8 @@ class Opened:
 
     @property
     def family(self) -> Family:
-        """The family; only to be asked of a match."""
-        assert isinstance(self.answer, Match)
+        """The family; only to be asked of a match that draws."""
+        assert isinstance(self.answer, Match) and isinstance(self.answer.family, Family)
         return self.answer.family
 
     @property
@@ -261,7 +261,9 @@ class Opened:
         """The weights' licence."""
         if said := self.source.metadata.get("modelspec.license"):
             return Told(said, "metadata modelspec.license")
-        return Told(self.family.licence, f"that of {self.family.title}; the file does not say", sure=False)
+        assert isinstance(self.answer, Match)
+        kind = self.answer.family
+        return Told(kind.licence, f"that of {kind.title}; the file does not say", sure=False)
 
     def resolution(self) -> Told:
         """Pixels a side, as ``"512x512"``."""
@@ -308,22 +310,26 @@ def describe(opened: Opened) -> Found:
     }
     if isinstance(answer, Unknown):
         return Found(unknown=answer.why, **common)
-    family, moved = answer.family, answer.moved
+    kind, moved = answer.family, answer.moved
+    common |= {
+        "family": kind.name,
+        "variant": kind.variant,
+        "title": kind.title,
+        "licence": opened.licence(),
+        "extra": tuple(moved.unknown),
+        "incomplete": tuple(name for there, _ in moved.halves for name in there),
+    }
+    if not isinstance(kind, Family):
+        return Found(**common)
     return Found(
-        family=family.name,
-        variant=family.variant,
-        title=family.title,
         missing=tuple(
-            MissingPart(part.name, part.title, part.supplier) for part in family.parts if not opened.has(part)
+            MissingPart(part.name, part.title, part.supplier) for part in kind.parts if not opened.has(part)
         ),
         prediction=opened.prediction(),
         zero_snr=opened.zero_snr(),
         ema=sum(1 for name in source.tensors if name.startswith("model_ema.diffusion_model")),
         latent=opened.latent(),
-        licence=opened.licence(),
         resolution=opened.resolution(),
-        extra=tuple(moved.unknown),
-        incomplete=tuple(name for there, _ in moved.halves for name in there),
         **common,
     )
 

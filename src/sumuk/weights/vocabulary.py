@@ -8,43 +8,73 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sumuk.base.errors import BadFile
+from sumuk.families.reading import Reading
 from sumuk.files.atomic import replacing
 from sumuk.files.shards import read_json
 from sumuk.nets.clip import ClipShape
 from sumuk.nets.tokens import BEGIN, END, ClipTokens
 from sumuk.weights.inspect import Opened
+from sumuk.weights.model import Words
 
 META = "sumuk.tokenizer"
 OPENAI_ROWS = 49408
+T5_ROWS = 32128
 FOLDER = "tokenizer"
 
 
-def read(opened: Opened, shape: ClipShape) -> ClipTokens:
+def meta(part: str) -> str:
+    """Under which metadata a single file keeps a tower's words: ``sumuk.tokenizer``, ``sumuk.tokenizer_2``, ..."""
+    return META + part.removeprefix("text")
+
+
+def folder(part: str) -> str:
+    """Where a diffusers folder keeps them."""
+    return FOLDER + part.removeprefix("text")
+
+
+def read(opened: Opened, reading: Reading, shape: Any) -> Words:
     """The vocabulary of a text tower.
+
+    Args:
+        opened: the file that the tower came from.
+        reading: how the family reads with it.
+        shape: the tower's shape value.
 
     Raises:
         BadFile: none is there, or it has more words than the tower has rows.
+        MissingFile: T5's lies nowhere within reach; says where to put it.
     """
     path = opened.source.path
-    folder = path / FOLDER
-    if (said := opened.source.metadata.get(META)) is not None:
+    said = opened.source.metadata.get(meta(reading.part))
+    tokens: Words
+    if reading.words == "t5":
+        from sumuk.nets.unigram import T5Tokens  # here, as most models have no T5
+        from sumuk.weights.t5_vocabulary import find_t5
+
+        length = reading.length or shape.length
+        place = path / folder(reading.part) if path.is_dir() else None
+        tokens = find_t5(place, length) if said is None else T5Tokens.from_json(said, length)
+    elif said is not None:
         tokens = ClipTokens.from_json(said)
-    elif path.is_dir() and (folder / "vocab.json").exists():
-        tokens = _from_folder(folder, shape)
+    elif path.is_dir() and (path / folder(reading.part) / "vocab.json").exists():
+        tokens = _from_folder(path / folder(reading.part), shape)
     elif shape.vocabulary == OPENAI_ROWS:
-        tokens = ClipTokens.openai(length=shape.length)
+        tokens = ClipTokens.openai(pad=reading.pad, length=shape.length)
     else:
         raise BadFile(
             f"{path}: its text tower has {shape.vocabulary} words, not OpenAI's {OPENAI_ROWS}, and the file "
-            f"brings none of its own (metadata {META!r}, or {FOLDER}/vocab.json and merges.txt in a folder)",
+            f"brings none of its own (metadata {meta(reading.part)!r}, or {folder(reading.part)}/vocab.json and "
+            "merges.txt in a folder)",
             "model.vocabulary",
         )
-    if tokens.size > shape.vocabulary or tokens.length > shape.length:
+    positions = getattr(shape, "length", None)  # T5 has no table of them
+    if tokens.size > shape.vocabulary or (positions is not None and tokens.length > positions):
         raise BadFile(
             f"{path}: a vocabulary of {tokens.size} words in rows of {tokens.length} does not fit a tower "
-            f"of {shape.vocabulary} words and {shape.length} positions",
+            f"of {shape.vocabulary} words and {positions} positions",
             "model.vocabulary",
         )
     return tokens
@@ -63,19 +93,39 @@ def _from_folder(folder: Path, shape: ClipShape) -> ClipTokens:
     return ClipTokens(tokens.vocabulary, tokens.merges, pad=tokens.vocabulary[pad], length=shape.length)
 
 
-def is_openai(tokens: ClipTokens, shape: ClipShape) -> bool:
-    """Whether a file with this tower need not bring its vocabulary."""
+def is_usual(tokens: Words, reading: Reading, shape: Any) -> bool:
+    """Whether a file with this tower need not bring its vocabulary: it has the one that everybody has."""
+    if not isinstance(tokens, ClipTokens):
+        return shape.vocabulary == T5_ROWS
     if shape.vocabulary != OPENAI_ROWS or tokens.size != OPENAI_ROWS or tokens.length != shape.length:
         return False
-    usual = ClipTokens.openai(length=shape.length)
+    usual = ClipTokens.openai(pad=reading.pad, length=shape.length)
     return tokens.pad == usual.pad and tokens.vocabulary == usual.vocabulary and tokens.merges == usual.merges
 
 
-def write_folder(tokens: ClipTokens, folder: Path) -> None:
-    """The four files from which transformers makes a ``CLIPTokenizer``."""
+def write_folder(tokens: Words, folder: Path) -> None:
+    """The files from which transformers makes a ``CLIPTokenizer`` or a ``T5TokenizerFast``."""
+    folder.mkdir()
+    for name, text in (_clip_files(tokens) if isinstance(tokens, ClipTokens) else _t5_files(tokens)).items():
+        with replacing(folder / name) as file:
+            file.write(text.encode())
+
+
+def _t5_files(tokens: Words) -> dict[str, str]:
+    config = {
+        "eos_token": "</s>",
+        "model_max_length": tokens.length,
+        "pad_token": "<pad>",
+        "tokenizer_class": "T5TokenizerFast",
+        "unk_token": "<unk>",
+    }
+    return {"tokenizer.json": tokens.to_json(), "tokenizer_config.json": json.dumps(config, indent=2)}
+
+
+def _clip_files(tokens: ClipTokens) -> dict[str, str]:
     pad = next(token for token, index in tokens.vocabulary.items() if index == tokens.pad)
     special = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}
-    texts = {
+    return {
         "vocab.json": json.dumps(tokens.vocabulary, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *(f"{left} {right}" for left, right in tokens.merges), ""]),
         "special_tokens_map.json": json.dumps(special, indent=2),
@@ -90,7 +140,3 @@ def write_folder(tokens: ClipTokens, folder: Path) -> None:
             indent=2,
         ),
     }
-    folder.mkdir()
-    for name, text in texts.items():
-        with replacing(folder / name) as file:
-            file.write(text.encode())

@@ -36,7 +36,7 @@ def save(
     """Save a model.
 
     Args:
-        model: what to save; a trained one is ``dataclasses.replace(model, denoiser=...)`` or a new ``Model``.
+        model: what to save; a trained one is ``dataclasses.replace(model, networks=...)`` or a new ``Model``.
         path: a ``.safetensors`` file, replaced when the new one is complete; for ``diffusers`` a new folder.
         layout: ``single`` (the original publication's) or ``diffusers``.
         dtype: floating-point type to store; as the networks are by default.
@@ -49,10 +49,10 @@ def save(
     """
     arrangement = _arrangement(model.family, layout)
     native: Tensors = {}
-    for part in model.family.parts:
-        for name, value in model.parts[part.name].state_dict().items():
+    for part, network in model.networks.items():
+        for name, value in network.state_dict().items():
             one = lazy(value)
-            native[f"{part.name}.{name}"] = one if dtype is None else one.cast(torch_dtype(dtype))
+            native[f"{part}.{name}"] = one if dtype is None else one.cast(torch_dtype(dtype))
     moved = arrangement.layout(native, backward=True).backward(native)
     moved.refuse_leftovers(str(path))
     texts = _texts(model, metadata or {})
@@ -95,8 +95,10 @@ def _texts(model: Model, metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _single(model: Model, path: Path, tensors: Tensors, texts: dict[str, str]) -> None:
-    if not vocabulary.is_openai(model.tokens, model.text.shape):
-        texts[vocabulary.META] = model.tokens.to_json()
+    for reading in model.readings:
+        tokens = model.words[reading.part]
+        if not vocabulary.is_usual(tokens, reading, model.networks[reading.part].shape):
+            texts[vocabulary.meta(reading.part)] = tokens.to_json()
     marker = lazy(torch.empty(0))
     if model.facts.prediction == "v":
         tensors["v_pred"] = marker
@@ -111,16 +113,20 @@ def _folder(
     said = model.family.folder(model.facts)
     with creating(path) as folder:
         for part, prefix in arrangement.parts:
+            if part.name not in model.networks:
+                continue
             place = folder / prefix
             place.mkdir()
             own = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
             write(place / part.file, own, texts if part.name == "denoiser" else {"format": "pt"})
-            shapes = {name: tuple(one.shape) for name, one in model.parts[part.name].state_dict().items()}
+            shapes = {name: tuple(one.shape) for name, one in model.networks[part.name].state_dict().items()}
             said[f"{prefix}config.json"] = part.config(shapes) | said.get(f"{prefix}config.json", {})
         for name, table in said.items():
             (folder / name).parent.mkdir(exist_ok=True)
             _json(folder / name, table)
-        vocabulary.write_folder(model.tokens, folder / vocabulary.FOLDER)
+        for reading in model.readings:
+            words = folder / vocabulary.folder(reading.part)
+            vocabulary.write_folder(model.words[reading.part], words)
 
 
 def _json(path: Path, table: dict[str, Any]) -> None:
