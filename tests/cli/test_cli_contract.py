@@ -22,9 +22,10 @@ FLAGS = {
     "generate": [
         "prompt", "--out -o", "--model -m", "--negative -n", "--width", "--height", "--steps", "--solver", "--grid",
         "--eta", "--guidance", "--rescale", "--guidance-start", "--guidance-end", "--seed", "--variation-seed",
-        "--variation", "--count", "--clip-skip", "--label", "--original", "--crop", "--hint", "--init",
+        "--variation", "--count", "--clip-skip", "--label", "--original", "--crop",
+        "--decoder-steps", "--decoder-guidance", "--refiner-start", "--hint", "--init",
         "--strength", "--mask", "--mask-blur", "--hires",
-        "--hires-strength", "--hires-steps", "--device", "--dtype", "--prediction", "--mode",
+        "--hires-strength", "--hires-steps", "--part", "--refiner", "--device", "--dtype", "--prediction", "--mode",
     ],
     "replay": ["image", "--model -m", "--init", "--mask", "--hint", "--out -o", "--device"],
     "inspect": ["path", "--json"],

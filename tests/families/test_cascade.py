@@ -346,9 +346,9 @@ def test_what_stage_c_is_told() -> None:
 
 def test_what_stage_b_is_told() -> None:
     effnet = torch.randn(1, 16, 3, 2)
-    told = STAGE_B.condition(given(image=effnet))
+    told = STAGE_B.condition(given(coarse=effnet))
     assert torch.equal(told["effnet"], effnet) and told["clip_text_pooled"].shape == (1, 1, 24)
-    assert not STAGE_B.condition(given(image=effnet, negative=True))["effnet"].any()
+    assert not STAGE_B.condition(given(coarse=effnet, negative=True))["effnet"].any()
     with pytest.raises(BadInput, match="stage C's latent"):
         STAGE_B.condition(given())
     kind, shape, _, _ = STAGES["b"]

@@ -106,7 +106,7 @@ def refusal(call: Callable[[], object]) -> str:
     with pytest.raises(SumukError) as caught:
         call()
     line = str(caught.value)
-    assert "\n" not in line and 5 < len(line) < 300, line
+    assert "\n" not in line and 5 < len(line) < 400, line
     return line
 
 

@@ -31,7 +31,7 @@ FLOORS = {
 ENGINES = {"diffusers", "transformers", "k_diffusion", "ldm", "comfy"}
 OUTSIDE_NETS = {
     "os", "io", "shutil", "tempfile", "mmap", "pickle", "subprocess", "socket", "urllib", "http", "glob",
-    "safetensors", "PIL", "numpy", "requests", "huggingface_hub",
+    "safetensors", "PIL", "requests", "huggingface_hub",
 }  # fmt: skip
 """What a network has no business with: the disk, the net, other programs."""
 FILE_CALLS = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink"}

@@ -71,6 +71,19 @@ def run_generate(
         typer.echo(f"{targets[image]}  seed {receipt['settings']['seed']}")
 
 
+def named_files(said: list[str] | None) -> dict[str, str] | None:
+    """``NAME=FILE`` as people type it, several times."""
+    found: dict[str, str] = {}
+    for each in said or ():
+        name, equals, file = each.partition("=")
+        if not (name and equals and file):
+            raise BadInput(f"{each!r} is not NAME=FILE, like text_2=clip_g.safetensors")
+        if name in found:
+            raise BadInput(f"the part {name!r} is given twice: {found[name]!r} and {file!r}")
+        found[name] = file
+    return found or None
+
+
 def _targets(out: Path | None, count: int) -> list[Path]:
     """Where each picture goes, checked before anything is computed."""
     if out is None:

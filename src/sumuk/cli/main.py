@@ -65,6 +65,11 @@ def generate(
     crop: Annotated[
         tuple[int, int] | None, typer.Option(help="Left and top that SDXL is told were cut away; 0 0.")
     ] = None,
+    decoder_steps: Annotated[int | None, typer.Option(help="Steps of a second stage (Cascade).")] = None,
+    decoder_guidance: Annotated[float | None, typer.Option(help="Guidance of a second stage.")] = None,
+    refiner_start: Annotated[
+        float | None, typer.Option(help="From which share of the way the refiner draws; 0.8.")
+    ] = None,
     hint: Annotated[Path | None, typer.Option(help="Depth map or edges, for models that follow one.")] = None,
     init: Annotated[Path | None, typer.Option(help="Picture to begin from.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of it is drawn anew; 0.75.")] = None,
@@ -77,6 +82,10 @@ def generate(
     hires_steps: Annotated[
         int | None, typer.Option(help="Steps of the second pass; as the first if left out.")
     ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE that supplies a part: vae, text_2, decoder, ...")
+    ] = None,
+    refiner: Annotated[Path | None, typer.Option(help="A model that draws the last part (SDXL's).")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; from file and device if left out.")
@@ -85,7 +94,7 @@ def generate(
     mode: Annotated[str | None, typer.Option(help="exact: same bits alone and in company; fast.")] = None,
 ) -> None:
     """Draw pictures from text, from a picture, or inside a mask."""
-    from sumuk.cli.draw import run_generate
+    from sumuk.cli.draw import named_files, run_generate
 
     values = {
         "prompt": prompt,
@@ -108,13 +117,22 @@ def generate(
         "label": label,
         "original": original,
         "crop": crop,
+        "decoder_steps": decoder_steps,
+        "decoder_guidance": decoder_guidance,
+        "refiner_start": refiner_start,
         "hint": hint,
         "init": init,
         "strength": strength,
         "mask": mask,
         "mask_blur": mask_blur,
     }
-    how = {"device": device, "dtype": dtype, "prediction": prediction}
+    how = {
+        "device": device,
+        "dtype": dtype,
+        "prediction": prediction,
+        "parts": named_files(part),
+        "refiner": refiner,
+    }
     second = {"scale": hires, "strength": hires_strength, "steps": hires_steps}
     run_generate(out, model, how, mode, values, second)
 

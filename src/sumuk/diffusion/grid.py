@@ -28,6 +28,7 @@ from itertools import pairwise
 
 from sumuk.base.errors import BadInput, nearest
 from sumuk.base.registry import Registry
+from sumuk.diffusion.cosine import ContinuousCosine
 from sumuk.diffusion.schedule import (
     ContinuousVP,
     Discrete,
@@ -266,10 +267,10 @@ def turbo(schedule: Schedule, steps: int) -> list[Level]:
 def uniform(schedule: Schedule, steps: int, *, until: float | None = None) -> list[Level]:
     """Even in the process's own t, from its noisiest to ``until``.
 
-    Flow: ``t = 1 - i / steps``, then shifted (FLUX; SD3 with diffusers' sigmas). VE and VP: score-SDE's
-    ``linspace(1, until, steps)``, until 1e-5 and 1e-3 unless given.
+    Flow and cosine: ``t = 1 - i / steps``, then shifted (FLUX; SD3 with diffusers' sigmas; Cascade). VE and
+    VP: score-SDE's ``linspace(1, until, steps)``, until 1e-5 and 1e-3 unless given.
     """
-    if isinstance(schedule, Flow):
+    if isinstance(schedule, (Flow, ContinuousCosine)):
         end = 1 / steps if until is None else until
         low = 0.0
     elif isinstance(schedule, (VarianceExploding, ContinuousVP)):
@@ -280,7 +281,7 @@ def uniform(schedule: Schedule, steps: int, *, until: float | None = None) -> li
     if not low <= end <= 1.0 or (end == 0.0 and isinstance(schedule, Flow)):
         raise BadInput(f"until of spacing 'uniform' must lie between {low:g} and 1, got {end}")
     times = _spread(1.0, end, steps)
-    if isinstance(schedule, Flow):
+    if isinstance(schedule, (Flow, ContinuousCosine)):
         return [schedule.shifted(t) for t in times]
     if isinstance(schedule, VarianceExploding):
         return [schedule.level(schedule.first ** (1 - t) * schedule.last**t) for t in times]

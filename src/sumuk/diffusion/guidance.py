@@ -107,12 +107,15 @@ class Cfg:
         scale: 1 is no guidance.
         rescale: phi in [0, 1], how much of the standard deviation of the unguided output is restored (Lin et
             al. 2024, eq. 14-16), against overexposure at high scales.
+        channels: how many channels of the output are guided, from the first; the others are the unguided answer's
+            (DiT: 3). None: all.
         start, end: the part of the steps that is guided, step i of n being at i / n; elsewhere the scale is 1
             (Kynkaanniemi et al. 2024).
     """
 
     scale: float
     rescale: float = 0.0
+    channels: int | None = None
     start: float = 0.0
     end: float = 1.0
 
@@ -132,7 +135,7 @@ class Cfg:
         conditions = [condition for condition, _ in given.positive]
         weights = [weight for _, weight in given.positive]
         cancels = math.isclose(scale * sum(weights), 1.0, rel_tol=1e-9)
-        if cancels and (scale == 1.0 or self.rescale == 0.0):
+        if cancels and (scale == 1.0 or (self.rescale == 0.0 and self.channels is None)):
             outputs = yield conditions
             return _weighted(outputs, [scale * weight for weight in weights])
         if given.negative is None:
@@ -143,6 +146,8 @@ class Cfg:
         negative, *outputs = yield [given.negative, *conditions]
         towards = _weighted([output - negative for output in outputs], weights)
         guided = negative + scale * towards
+        if self.channels is not None:
+            guided = torch.cat([guided[:, : self.channels], (negative + towards)[:, self.channels :]], dim=1)
         if self.rescale == 0.0 or scale == 1.0:
             return guided
         return _rescaled(guided, negative + towards, self.rescale)

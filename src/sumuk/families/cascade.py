@@ -154,12 +154,12 @@ def _condition_c(given: Given) -> dict[str, Tensor]:
 
 
 def _condition_b(given: Given) -> dict[str, Tensor]:
-    """Stage C's latent ``[1, 16, h, w]`` comes as ``given.image``; the side to go away from sees none of it."""
+    """Stage C's latent ``[1, 16, h, w]`` comes as ``given.coarse``; the side to go away from sees none of it."""
     import torch
 
-    if given.image is None or given.image.ndim != 4:
+    if given.coarse is None:
         raise BadInput("stage B draws from stage C's latent, and none was given")
-    effnet = torch.zeros_like(given.image) if given.negative else given.image
+    effnet = torch.zeros_like(given.coarse) if given.negative else given.coarse
     return {"effnet": effnet, "clip_text_pooled": _pooled(given)}
 
 
@@ -197,6 +197,7 @@ STAGE_C = Family(
     readings=(READING,),
     condition=_condition_c,
     guidance="classifier-free",
+    then="cascade/stage-b",
     defaults=Defaults(size=1024, steps=20, guidance=4.0, solver="ddpm", grid="uniform"),
     licence=LICENCE,
     folder=partial(
@@ -219,6 +220,7 @@ STAGE_B = replace(
     latent=Latent(channels=4, stride=4, scale=1 / STAGE_A_SCALE),
     schedule=ContinuousCosine,
     condition=_condition_b,
+    then=None,
     defaults=replace(STAGE_C.defaults, steps=10, guidance=1.1),
     folder=partial(
         _folder,

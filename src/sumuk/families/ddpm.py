@@ -227,6 +227,7 @@ PIXEL = Family(
     arrangements=(SINGLE, DIFFUSERS, BARE_PARALLEL, BARE_DIFFUSERS),
     recognise=partial(_recognise, None),
     latent=Latent(channels=COLOURS, stride=1, scale=1.0),
+    clips=True,
     schedule=linear,
     prediction="eps",
     readings=(),

@@ -271,6 +271,9 @@ DIT = Family(
     arrangements=(SINGLE, DIFFUSERS, BARE, BARE_DIFFUSERS),
     recognise=_recognise,
     latent=Latent(channels=4, stride=8, scale=0.18215),
+    # Only the first three channels, as the original sampler does.
+    guided=3,
+    sides=lambda shapes: math.isqrt(shapes["pos_embed"][1]) * shapes["x_embedder.proj.weight"][2] * 8,
     schedule=linear,
     prediction="eps",
     readings=(),

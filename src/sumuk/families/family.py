@@ -41,6 +41,7 @@ class Part:
         build: a network from its native names and shapes, on torch's present default device.
         config: the ``config.json`` of the diffusers layout, from native names and shapes.
         optional: whether a model is whole without it (SD3 draws without T5).
+        fixed: settings of that ``config.json`` that change the arithmetic and no tensor; another value is refused.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Part:
     build: Callable[[Shapes], nn.Module]
     config: Callable[[Shapes], dict[str, Any]]
     optional: bool = False
+    fixed: tuple[str, ...] = ()
 
     def rules(self, dialect: str, names: Collection[str]) -> list[Rule]:
         """The rules of one dialect, ``original`` or ``diffusers``."""
@@ -197,6 +199,7 @@ class Family(Kind):
 
     Attributes:
         latent: of the published models; a file's metadata may say otherwise.
+        channels: of one latent, from the denoiser's native names and shapes; None: those of ``latent``.
         schedule: its noise.
         resized: the noise for a picture of a width and height in pixels, where it depends on them (FLUX.1 shifts it);
             None: it does not.
@@ -206,12 +209,18 @@ class Family(Kind):
         beside: what is laid beside the latent as further channels, in order: names of ``sumuk.generate.beside``.
         guidance: how guidance is done: ``classifier-free``, ``embedded`` or ``none``.
         classes: whether requests name a class number instead of a prompt.
+        guided: how many channels of the prediction guidance acts on, from the first; None: all (DiT: 3).
+        clips: whether the clean estimate is held to -1..1, as models of pixels are drawn.
+        then: key of the family that draws on from this one's latents with its own network, the part ``decoder``
+            (Cascade's stage B); None: the autoencoder does.
+        sides: pixels a side of the training images, from the denoiser's native names and shapes, where they show it.
         takes: what else of a request it follows: ``sizes`` (SDXL is told them), ``hint`` (a picture that it follows).
         defaults: for requests.
         folder: what the JSON files of a diffusers folder say beside the networks' own configurations.
     """
 
     latent: Latent
+    channels: Callable[[Shapes], int] | None = None
     schedule: Callable[[], Schedule]
     resized: Callable[[Schedule, int, int], Schedule] | None = None
     prediction: str
@@ -220,6 +229,10 @@ class Family(Kind):
     beside: tuple[str, ...] = ()
     guidance: str
     classes: bool = False
+    guided: int | None = None
+    clips: bool = False
+    then: str | None = None
+    sides: Callable[[Shapes], int] | None = None
     takes: tuple[str, ...] = ()
     defaults: Defaults
     folder: Callable[[Facts], dict[str, dict[str, Any]]]

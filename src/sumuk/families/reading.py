@@ -78,6 +78,7 @@ class Given:
         negative: whether this is the side to go away from.
         guidance: scale, for networks that take it as an input.
         label: class number of class-conditional models; None: no class.
+        coarse: the finished latent [1, C, h, w] that this stage draws on from (Cascade's stage B); None: none.
         image: a picture through CLIP's image tower, [1, P] or [1, n, P]; None: none.
         noise_level: how much noise lies on what the network is shown (x4 upscaler, unCLIP), in schedule steps.
     """
@@ -88,5 +89,6 @@ class Given:
     negative: bool = False
     guidance: float = 1.0
     label: int | None = None
+    coarse: Tensor | None = None
     image: Tensor | None = None
     noise_level: int = 0

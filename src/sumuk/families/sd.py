@@ -238,6 +238,11 @@ def _recognise(beside: tuple[int, int], shapes: Shapes) -> str | None:
     return None
 
 
+def latent_channels(shapes: Shapes) -> int:
+    """What a U-Net of the latent-diffusion lineage predicts."""
+    return shapes["out.2.weight"][0]
+
+
 def _folder(pipeline: str, facts: Facts) -> dict[str, dict[str, Any]]:
     return {
         "model_index.json": {
@@ -282,6 +287,7 @@ TEXT_TO_IMAGE = Family(
     arrangements=(SINGLE, DIFFUSERS, BARE, BARE_DIFFUSERS),
     recognise=partial(_recognise, (0, 0)),
     latent=Latent(channels=4, stride=8, scale=0.18215),
+    channels=latent_channels,
     schedule=scaled_linear,
     prediction="eps",
     readings=(Reading(part="text"),),

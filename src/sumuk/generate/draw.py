@@ -15,17 +15,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sumuk.diffusion.grid import make_grid, part
-from sumuk.diffusion.guidance import Conditions, Row, guided
+from sumuk.diffusion.guidance import Cfg, Conditions, Guidance, Plain, Row, guided
 from sumuk.diffusion.noise import BrownianPath, ImageNoise
 from sumuk.diffusion.sample import Moved, sample
+from sumuk.diffusion.schedule import Level
 from sumuk.diffusion.solver import Ask
+from sumuk.diffusion.solvers import SOLVERS
+from sumuk.families.family import Family
 from sumuk.families.reading import Given, Sizes
 from sumuk.generate.beside import channels
 from sumuk.generate.beside import latent as to_latent
 from sumuk.generate.pixels import to_mask, to_pixels
 from sumuk.generate.settings import Settings
 from sumuk.generate.text import Said, Texts
-from sumuk.weights.model import Model
+from sumuk.weights.model import Model, Stage
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,39 @@ def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | 
         Pixels [1, 3, H, W], about -1..1.
     """
     request = settings.request
-    walk = _Walk(model, settings, (settings.seed + image) % 2**64)
+    first, *later = model.stages
+    walk = _Walk(model, settings, first, (settings.seed + image) % 2**64)
     known = None
-    if request.init is not None:
+    if request.init is not None and "low" not in model.family.beside:
         known = to_latent(model, to_pixels(request.init, settings.width, settings.height))
-    latent = yield from walk(settings.width, settings.height, known, request.strength, settings.steps)
+    size = (settings.width, settings.height)
+    latent = yield from walk(*size, known, request.strength, settings.steps)
     if request.hires is not None and settings.larger is not None:
-        hires, (width, height) = request.hires, settings.larger
-        cells = (model.latent.cells(height), model.latent.cells(width))
+        hires, size = request.hires, settings.larger
+        cells = (model.latent.cells(size[1]), model.latent.cells(size[0]))
         larger = F.interpolate(latent, cells, mode="bicubic", align_corners=False, antialias=True)
         steps = hires.steps or settings.steps
-        latent = yield from walk(width, height, larger, hires.strength, steps, base=settings.walked)
+        latent = yield from walk(*size, larger, hires.strength, steps, base=settings.walked)
+    for stage in later:
+        # Another place in the stream of seeds: the same noise at two sizes would be no fresh noise.
+        walk = _Walk(model, settings, stage, (walk.seed + 2**63) % 2**64, coarse=latent)
+        latent = yield from walk(*size, None, 1.0, settings.decoder_steps or stage.family.defaults.steps)
     return decode(model, latent)
 
 
 def decode(model: Model, latent: Tensor) -> Tensor:
-    """Latents to pixels [B, 3, H, W] on the CPU in float32."""
+    """Latents of the last stage to pixels [B, 3, H, W] on the CPU in float32."""
     return model.decode_latent(latent.to(model.device)).to("cpu", torch.float32)
+
+
+def preview(model: Model, clean: Tensor) -> Tensor | None:
+    """A clean estimate as pixels; None where an early stage has nothing that shows it."""
+    if clean.shape[1] == model.stages[-1].latent.channels:
+        return decode(model, clean)
+    shower = model.networks.get("previewer")
+    if shower is None:
+        return None
+    return 2 * shower(clean.to(next(shower.parameters()))).to("cpu", torch.float32) - 1  # it paints in 0..1
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,10 @@ class _Walk:
 
     model: Model
     settings: Settings
+    stage: Stage
     seed: int
+    coarse: Tensor | None = None
+    """The finished latent of the stage before."""
 
     def __call__(
         self,
@@ -107,9 +129,14 @@ class _Walk:
         base: int | None = None,
     ) -> Generator[list[Row] | Moved, Any, Tensor]:
         """Returns the latent [1, C, h, w]."""
-        model, settings, request = self.model, self.settings, self.settings.request
-        shape = (1, model.latent.channels, model.latent.cells(height), model.latent.cells(width))
-        grid = make_grid(settings.grid, model.noise_for(width, height), steps)
+        settings, request, stage = self.settings, self.settings.request, self.stage
+        first = self.coarse is None
+        usual = stage.family.defaults
+        listing = settings.listing if first else SOLVERS[usual.solver]
+        spacing = settings.grid if first else usual.grid or listing.grid
+        latent = stage.latent
+        shape = (1, latent.channels, latent.cells(height), latent.cells(width))
+        grid = make_grid(spacing, stage.noise_for(width, height), steps)
         if known is not None:
             grid = part(grid, strength)
         noise = ImageNoise(
@@ -118,35 +145,31 @@ class _Walk:
         start, unit = grid[0], noise.initial()
         x = start.sigma * unit if known is None else start.alpha * known + start.sigma * unit
         mask = None
-        if request.mask is not None:
+        if request.mask is not None and known is not None and "masked" not in stage.family.beside:
             mask = to_mask(request.mask, shape[-1], shape[-2], request.mask_blur)
-        path = BrownianPath(self.seed, shape) if settings.listing.noise == "brownian" else noise
-
-        conditions = _Conditions(model, settings, width, height, len(grid) - 1, base)
-        latent = yield from guided(
-            sample(settings.make_solver(), x, grid, path),
-            model.prediction,
+        path = BrownianPath(self.seed, shape) if listing.noise == "brownian" else noise
+        conditions = Steering(self, width, height, grid, base)
+        walked = yield from guided(
+            sample(settings.make_solver() if first else listing(), x, grid, path),
+            stage.prediction,
             conditions,
-            settings.guidance,
+            settings.guidance if first else _guidance(settings.decoder_guidance or 1.0),
             steps=len(grid) - 1,
-            amend=None if mask is None or known is None or self._fills else _keeper(known, mask),
+            amend=_amend(stage, known, mask),
         )
-        return latent
-
-    @property
-    def _fills(self) -> bool:
-        """Whether the model is an inpainting model, which keeps what is outside the mask by itself."""
-        return "masked" in self.model.family.beside
+        return walked
 
 
-class _Conditions:
-    """What each step of a pass is steered by; steps that read the same share one value."""
+def _guidance(scale: float) -> Guidance:
+    return Plain() if scale == 1.0 else Cfg(scale=scale)
 
-    def __init__(
-        self, model: Model, settings: Settings, width: int, height: int, steps: int, base: int | None
-    ) -> None:
-        self._model, self._settings = model, settings
-        request = settings.request
+
+class Steering:
+    """What each step of a walk is steered by; steps that read the same share one value."""
+
+    def __init__(self, walk: _Walk, width: int, height: int, grid: Sequence[Level], base: int | None) -> None:
+        settings, request = walk.settings, walk.settings.request
+        self._walk, self._grid = walk, grid
         self._sizes = Sizes(
             original=(height, width)
             if request.original is None
@@ -154,30 +177,60 @@ class _Conditions:
             crop=(0, 0) if request.crop is None else (request.crop[1], request.crop[0]),
             target=(height, width),
         )
-        self._texts = Texts(model, settings, steps, base)
-        self._beside = channels(model, request, width, height)
-        self._known: dict[int, Conditions] = {}
+        stage, steps = walk.stage, len(grid) - 1
+        self._steered = {stage.network: _Steered(stage.family, Texts(walk.model, settings, steps, base))}
+        if walk.model.refiner is not None and stage.network == "denoiser":
+            other = walk.model.refiner
+            self._steered["refiner"] = _Steered(other.family, Texts(other, settings, steps, base))
+        self._beside = channels(walk.model, request, width, height) if walk.coarse is None else None
+        self._known: dict[tuple[str, int], Conditions] = {}
 
     def __call__(self, step: int) -> Conditions:
-        first = self._texts.since(step)
-        if first not in self._known:
-            wanted, negative = self._texts.at(first)
-            positive = tuple((self._condition(said, False), weight) for said, weight in wanted)
-            self._known = {first: Conditions(positive, self._condition(negative, True))}
-        return self._known[first]
+        name = self._network(step)
+        texts = self._steered[name].texts
+        key = (name, texts.since(step))
+        if key not in self._known:
+            wanted, negative = texts.at(key[1])
+            positive = tuple((self._condition(name, said, False), weight) for said, weight in wanted)
+            self._known = {key: Conditions(positive, self._condition(name, negative, True))}
+        return self._known[key]
 
-    def _condition(self, texts: Said, negative: bool) -> Condition:
+    def _network(self, step: int) -> str:
+        """Which network answers: the refiner for the last part of the noise's way (Podell et al. 2023, section 2.5)."""
+        start = self._walk.settings.refiner_start
+        if "refiner" not in self._steered or start is None:
+            return self._walk.stage.network
+        level = self._grid[step]
+        # As diffusers cuts it, at a whole trained step.
+        last = level.schedule.last + 1
+        return "refiner" if level.time < round(last * (1.0 - start)) else self._walk.stage.network
+
+    def _condition(self, name: str, texts: Said, negative: bool) -> Condition:
+        steered, request = self._steered[name], self._walk.settings.request
         given = Given(
-            shape=self._model.denoiser.shape,
+            shape=self._walk.model.network(name).shape,
             sizes=self._sizes,
             texts=texts,
             negative=negative,
-            guidance=self._settings.guidance_scale,
-            label=self._settings.request.label,
+            guidance=self._walk.settings.guidance_scale,
+            label=request.label,
+            coarse=self._walk.coarse,
         )
-        return Condition(self._model.family.condition(given), beside=self._beside)
+        return Condition(steered.family.condition(given), beside=self._beside, network=name)
 
 
-def _keeper(known: Tensor, mask: Tensor) -> Callable[[Tensor, Ask], Tensor]:
-    """Holds every clean estimate to the known latent where the mask is black."""
-    return lambda clean, ask: mask * clean + (1 - mask) * known
+@dataclass(frozen=True)
+class _Steered:
+    """A network's own reading of the prompts."""
+
+    family: Family
+    texts: Texts
+
+
+def _amend(stage: Stage, known: Tensor | None, mask: Tensor | None) -> Callable[[Tensor, Ask], Tensor] | None:
+    """What is done to every clean estimate: kept where the mask is black, held to the range of pixels."""
+    if mask is not None and known is not None:
+        return lambda clean, ask: mask * clean + (1 - mask) * known
+    if stage.family.clips:
+        return lambda clean, ask: clean.clamp(-1.0, 1.0)
+    return None

@@ -24,7 +24,7 @@ from torch import Tensor
 from sumuk.base.errors import BadInput, Cancelled, SumukError, nearest
 from sumuk.diffusion.guidance import Row
 from sumuk.diffusion.sample import Moved
-from sumuk.generate.draw import Condition, decode, draw
+from sumuk.generate.draw import Condition, draw, preview
 from sumuk.generate.pixels import keep_outside, to_image
 from sumuk.generate.receipt import make_receipt
 from sumuk.generate.request import Request
@@ -178,7 +178,7 @@ class Engine:
         time_ = torch.tensor([row.level.time for row in rows], device=device, dtype=torch.float32)
         asked: Condition = rows[0].condition
         inputs = Condition.stack([row.condition for row in rows], device, dtype)
-        output = self.model.networks[asked.network](x, time_, **inputs, **dict(asked.options))
+        output = self.model.network(asked.network)(x, time_, **inputs, **dict(asked.options))
         # A network that also predicts a variance appends its channels; no solver here uses it.
         return list(output[:, : rows[0].x.shape[1]].to("cpu", torch.float32).split(1))
 
@@ -198,8 +198,9 @@ class Engine:
                 )
                 every = track.settings.request.preview
                 if every and event.step % every == 0 and event.clean is not None and event.step < event.steps:
-                    shown = to_image(decode(self.model, event.clean))
-                    events.append(Preview(track.job, track.image, event.step, shown))
+                    shown = preview(self.model, event.clean)
+                    if shown is not None:
+                        events.append(Preview(track.job, track.image, event.step, to_image(shown)))
         except StopIteration as stop:
             try:
                 finished = self._finish(track, stop.value)

@@ -208,6 +208,12 @@ class Request(_Value):
     """Width and height that SDXL is told its training picture had; None: those of the picture."""
     crop: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """Left and top that SDXL is told were cut away; None: nothing."""
+    decoder_steps: int | None = Field(default=None, ge=1, le=1000)
+    """Steps of the second stage, for models that have one (Stable Cascade)."""
+    decoder_guidance: Number | None = Field(default=None, ge=0.0, le=100.0)
+    """Its guidance scale."""
+    refiner_start: Number | None = Field(default=None, ge=0.0, lt=1.0)
+    """From which share of the noise's way the refiner draws, for models loaded with one; None: 0.8."""
     hint: Picture | None = None
     """The picture that a depth or control model follows (a depth map, edges)."""
     init: Picture | None = None

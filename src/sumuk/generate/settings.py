@@ -41,6 +41,13 @@ class Settings:
     """Width and height of the second pass."""
     kind: str = "classifier-free"
     """How the family is guided: see ``Family.guidance``."""
+    guided: int | None = None
+    """How many channels guidance acts on: see ``Family.guided``."""
+    decoder_steps: int | None = None
+    decoder_guidance: float | None = None
+    """Of the second stage, for models that have one."""
+    refiner_start: float | None = None
+    """From which share of the noise's way the refiner draws; None without one."""
 
     @property
     def listing(self) -> Listing:
@@ -58,6 +65,7 @@ class Settings:
         if self.guidance_scale == 1.0 or self.kind != "classifier-free":
             return Plain()
         return Cfg(
+            channels=self.guided,
             scale=self.guidance_scale,
             rescale=wanted.rescale,
             start=wanted.guidance_start,
@@ -77,6 +85,9 @@ class Settings:
             "grid": self.grid,
             "eta": getattr(self.make_solver(), "eta", None) if "eta" in self.listing.settings else None,
             "guidance": self.guidance_scale,
+            "decoder_steps": self.decoder_steps,
+            "decoder_guidance": self.decoder_guidance,
+            "refiner_start": self.refiner_start,
             "seed": (self.seed + image) % 2**64,
             "count": 1,
             "preview": 0,
@@ -110,6 +121,7 @@ def resolve(request: Request, model: Model) -> Settings:
     _check_guidance(request, model, scale, walks)
     if request.preview and request.preview >= max(walks):
         raise BadInput(f"a preview every {request.preview} steps never comes in {max(walks)} steps; lower it")
+    later = model.stages[1].family.defaults if len(model.stages) > 1 else None
     return Settings(
         request=request,
         prompt=prompt,
@@ -124,7 +136,15 @@ def resolve(request: Request, model: Model) -> Settings:
         walked=walks[0],
         larger=_larger(request, model, width, height),
         kind=model.family.guidance,
+        guided=model.family.guided,
+        decoder_steps=None if later is None else request.decoder_steps or later.steps,
+        decoder_guidance=None if later is None else _or(request.decoder_guidance, later.guidance),
+        refiner_start=None if model.refiner is None else _or(request.refiner_start, 0.8),
     )
+
+
+def _or(said: float | None, usual: float) -> float:
+    return usual if said is None else said
 
 
 def _check_model(request: Request, model: Model) -> None:
@@ -145,6 +165,13 @@ def _check_model(request: Request, model: Model) -> None:
     for field, needed in (("label", family.classes), ("hint", "hint" in family.takes)):
         if getattr(request, field) is not None and not needed:
             raise BadInput(f"{field} does nothing for {name}; leave it out")
+    for field in ("decoder_steps", "decoder_guidance"):
+        if getattr(request, field) is not None and len(model.stages) == 1:
+            raise BadInput(f"{field} does nothing for {name}, which draws in one stage; leave it out")
+    if request.refiner_start is not None and model.refiner is None:
+        raise BadInput(
+            "refiner_start does nothing without a refiner; load the model with one, or leave it out"
+        )
     for field in ("original", "crop"):
         if getattr(request, field) is not None and "sizes" not in family.takes:
             raise BadInput(f"{field} does nothing for {name}, which is not told sizes; leave it out")

@@ -37,15 +37,24 @@ class Tower:
         device = next(self.network.parameters()).device
         outputs = [self._read(row[None].to(device)) for row in ids]
         rows = [self._layer(output) for output in outputs]
-        pool = self.reading.pool
-        pooled = None if pool is None else getattr(outputs[0], pool).to("cpu", torch.float32)
-        return Encoded(z=torch.cat(rows).to("cpu", torch.float32), pooled=pooled)
+        pooled = self._pooled(outputs[0])
+        return Encoded(
+            z=torch.cat(rows).to("cpu", torch.float32),
+            pooled=None if pooled is None else pooled.to("cpu", torch.float32),
+        )
 
     def _read(self, ids: Tensor) -> Any:
         if not self.reading.masked:
             return self.network(ids)
         ends = (ids == self.network.eos).int().argmax(dim=1, keepdim=True)
         return self.network(ids, mask=torch.arange(ids.shape[1], device=ids.device)[None] <= ends)
+
+    def _pooled(self, output: Any) -> Tensor | None:
+        if self.reading.pool is None:
+            return None
+        # CLIP-L files without a projection circulate for SD3, which then takes the sentence as it is.
+        plain = self.reading.pool == "pooled" or output.projected is None
+        return output.pooled if plain else output.projected
 
     def _layer(self, output: Any) -> Tensor:
         if not self.chunked:

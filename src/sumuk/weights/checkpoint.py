@@ -44,6 +44,7 @@ def load(
     vae: Place | None = None,
     text: Place | None = None,
     parts: Mapping[str, Place] | None = None,
+    refiner: Place | None = None,
     ema: bool = False,
     variant: str | None = None,
     ignore: Sequence[str] = (),
@@ -60,6 +61,7 @@ def load(
         vae: another file that supplies the autoencoder, in place of the one in ``path`` if there is one.
         text: another file that supplies the first text tower.
         parts: further files, by the part that each supplies (``{"text_2": ..., "text_3": ...}``).
+        refiner: a whole model of the same latents that draws the last part of the way (SDXL's).
         ema: take the averaged weights of the denoiser (``model_ema.*``) instead of the plain ones.
         variant: which weights of a diffusers folder, ``fp16`` for ``model.fp16.safetensors``.
         ignore: patterns of further tensor names to do without (``"embedding_manager.*"``).
@@ -97,6 +99,7 @@ def load(
         if ema and part.name == "denoiser":
             tensors = _averaged(opened, tensors)
         plans[part.name] = (_build(part, tensors, origin), tensors)
+        _check_config(part, tensors, origin)
     for origin in (opened, *supplied.values()):
         _refuse_leftovers(origin, ignore)
     networks = {name: network for name, (network, _) in plans.items()}
@@ -107,11 +110,11 @@ def load(
             words[reading.part] = tokens
             if isinstance(tokens, ClipTokens):
                 tower.eos = tokens.eos  # type: ignore[assignment]  # a CLIP tower has it
-    latent = _fitting(opened.latent(), networks, sources[-1].path)
+    latent = _fitting(family, opened.latent(), networks, sources[-1].path)
     wanted = _dtype(plans["denoiser"][1], place, dtype)
     for network, tensors in plans.values():
         _fill(network, tensors, place, wanted)
-    return Model(
+    loaded = Model(
         family=family,
         networks=networks,
         words=words,
@@ -124,11 +127,30 @@ def load(
         files=tuple(WeightFile(file) for each in sources for file in each.files),
         ema=ema,
     )
+    if refiner is None:
+        return loaded
+    other = load(refiner, device, dtype, prediction)
+    return replace(loaded, refiner=_agreeing(loaded, other, refiner))
 
 
-def _fitting(latent: Latent, networks: Mapping[str, Any], where: Path) -> Latent:
+def _agreeing(base: Model, refiner: Model, where: Place) -> Model:
+    """The refiner, if it can go on where the base stops."""
+    for what, here, there in (
+        ("latents", base.latent, refiner.latent),
+        ("prediction", base.prediction.name, refiner.prediction.name),
+        ("noise", type(base.schedule), type(refiner.schedule)),
+    ):
+        if here != there:
+            raise BadFile(
+                f"{where}: cannot refine, its {what} are {there}, the base's {here}", "model.refiner"
+            )
+    return refiner
+
+
+def _fitting(family: Family, latent: Latent, networks: Mapping[str, Any], where: Path) -> Latent:
     """The latent with the autoencoder's stride, if both networks agree on its channels."""
-    if (vae := networks.get("vae")) is None:
+    vae = networks.get("vae")
+    if vae is None or family.then is not None:  # there the autoencoder is a later stage's
         return latent
     if latent.channels != (made := vae.shape.channels):
         raise BadFile(
@@ -202,6 +224,24 @@ def _build(part: Part, tensors: Tensors, origin: Opened) -> nn.Module:
                 "model.shape",
             )
     return network
+
+
+def _check_config(part: Part, tensors: Tensors, origin: Opened) -> None:
+    """Refuse a folder whose configuration asks for arithmetic that this network does not do."""
+    arrangement = origin.answer.arrangement
+    assert arrangement is not None  # it holds the part
+    prefix = next((prefix for each, prefix in arrangement.parts if each.name == part.name), "")
+    said = origin.source.config(f"{prefix}config.json")
+    if not said or not part.fixed:
+        return
+    ours = part.config({name: tensor.shape for name, tensor in tensors.items()})
+    for key in part.fixed:
+        if key in said and said[key] != ours.get(key):
+            raise BadFile(
+                f"{origin.source.path}: {prefix}config.json says {key} {said[key]!r:.60}; "
+                f"the {part.title} here has {ours.get(key)!r:.60}, so that it would draw something else",
+                "model.config",
+            )
 
 
 def _as_in_file(origin: Opened, part: Part, expected: Mapping[str, Shape], lost: list[str]) -> list[str]:

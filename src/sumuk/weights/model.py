@@ -11,13 +11,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sumuk.base.errors import BadFile
-from sumuk.diffusion.prediction import Prediction
+from sumuk.base.errors import BadFile, MissingFile
+from sumuk.diffusion.prediction import PREDICTIONS, Prediction
 from sumuk.diffusion.schedule import Discrete, Schedule
-from sumuk.families.family import Defaults, Facts, Family, Latent
+from sumuk.families.family import FAMILIES, Defaults, Facts, Family, Latent
 from sumuk.families.reading import Reading
 from sumuk.files.hashes import Progress, hashes
+from sumuk.nets.effnet import effnet_pixels
 from sumuk.weights.inspect import Found
 
 
@@ -63,6 +65,30 @@ class Words(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One walk from noise to a latent.
+
+    Attributes:
+        family: what the network takes, and its usual settings.
+        network: which of the model's networks is asked.
+        latent: what it works on.
+        schedule: its noise.
+        prediction: what the network predicts.
+    """
+
+    family: Family
+    network: str
+    latent: Latent
+    schedule: Schedule
+    prediction: Prediction
+
+    def noise_for(self, width: int, height: int) -> Schedule:
+        """The noise for a picture of that size in pixels."""
+        resized = self.family.resized
+        return self.schedule if resized is None else resized(self.schedule, width, height)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Everything that drawing with a checkpoint needs.
@@ -79,6 +105,8 @@ class Model:
         found: what :func:`sumuk.open` said of the file; None for a model that was not loaded.
         files: the files that it came from.
         ema: whether the denoiser has the file's averaged weights instead of its plain ones.
+        refiner: a model of the same latents that draws the last part of the way (SDXL); None: none.
+        controls: ControlNets by the names under which requests ask for them.
     """
 
     family: Family
@@ -92,6 +120,26 @@ class Model:
     found: Found | None = None
     files: tuple[WeightFile, ...] = ()
     ema: bool = False
+    refiner: Model | None = None
+    controls: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The walks that make a picture, in order; usually one."""
+        found = [Stage(self.family, "denoiser", self.latent, self.schedule, self.prediction)]
+        while (then := found[-1].family.then) is not None:
+            family = FAMILIES[then]
+            assert isinstance(family, Family)
+            usual = PREDICTIONS[family.prediction]
+            found.append(Stage(family, "decoder", family.latent, family.schedule(), usual))
+        return tuple(found)
+
+    def network(self, name: str) -> Any:
+        """What rows are asked of: ``denoiser``, ``decoder``, or ``refiner``."""
+        if name == "refiner":
+            assert self.refiner is not None
+            return self.refiner.denoiser
+        return self.networks[name]
 
     @property
     def denoiser(self) -> Any:
@@ -157,11 +205,6 @@ class Model:
             size=self.size,
         )
 
-    def noise_for(self, width: int, height: int) -> Schedule:
-        """The noise for a picture of that size in pixels."""
-        resized = self.family.resized
-        return self.schedule if resized is None else resized(self.schedule, width, height)
-
     def encode_latent(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels ``[B, 3, H, W]`` in -1..1 to the denoiser's latents ``[B, C, H/stride, W/stride]``.
 
@@ -172,13 +215,27 @@ class Model:
         """
         if self.vae is None:
             return self.latent.encode(pixels.to(_first(self.denoiser)))
+        if self.family.then is not None:
+            return self._compress(pixels)
         moments = self.vae.encode(pixels.to(_first(self.vae)))
         return self.latent.encode(moments.mode() if noise is None else moments.sample(noise.to(moments.mean)))
 
     def decode_latent(self, x: Tensor) -> Tensor:
         """The denoiser's latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]``, about -1..1."""
-        z = self.latent.decode(x)
+        z = self.stages[-1].latent.decode(x)
         return z if self.vae is None else self.vae.decode(z.to(_first(self.vae)))
+
+    def _compress(self, pixels: Tensor) -> Tensor:
+        """Pixels to the latents of the first of several stages, by an encoder of their own."""
+        effnet = self.networks.get("effnet")
+        if effnet is None:
+            raise MissingFile(
+                f"{self.family.title} begins from a picture only with its effnet_encoder; give it to load() "
+                'as parts={"effnet": FILE}'
+            )
+        height, width = (self.latent.cells(side) * effnet.stride for side in pixels.shape[-2:])
+        sized = F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=True)
+        return self.latent.encode(effnet(effnet_pixels(sized.to(_first(effnet)))))
 
 
 def _first(network: nn.Module) -> nn.Parameter:

@@ -121,6 +121,11 @@ def _folder(
             write(place / part.file, own, texts if part.name == "denoiser" else {"format": "pt"})
             shapes = {name: tuple(one.shape) for name, one in model.networks[part.name].state_dict().items()}
             said[f"{prefix}config.json"] = part.config(shapes) | said.get(f"{prefix}config.json", {})
+        index = said.get("model_index.json", {})
+        for reading in model.family.readings:
+            if reading.part not in model.networks:
+                place = next(prefix for part, prefix in arrangement.parts if part.name == reading.part)
+                index |= {place.strip("/"): [None, None], vocabulary.folder(reading.part): [None, None]}
         for name, table in said.items():
             (folder / name).parent.mkdir(exist_ok=True)
             _json(folder / name, table)
