@@ -69,7 +69,8 @@ def test_every_field_has_a_reason_to_be_here():
     assert set(Request.model_fields) == {
         "prompt", "negative", "width", "height", "steps", "solver", "grid", "eta", "guidance", "rescale",
         "guidance_start", "guidance_end", "seed", "variation_seed", "variation", "count", "clip_skip", "label",
-        "original", "crop", "decoder_steps", "decoder_guidance", "refiner_start", "hint", "init", "strength", "mask", "mask_blur", "hires", "preview",
+        "original", "crop", "decoder_steps", "decoder_guidance", "refiner_start", "hint", "steer", "init",
+        "strength", "mask", "mask_blur", "hires", "preview",
     }  # fmt: skip
     assert set(Hires.model_fields) == {"scale", "steps", "strength"}
 

@@ -84,6 +84,18 @@ def named_files(said: list[str] | None) -> dict[str, str] | None:
     return found or None
 
 
+def steerings(said: list[str] | None) -> list[dict[str, Any]] | None:
+    """``CONTROL=PICTURE,weight=0.8,guess`` as people type it, to what a request takes."""
+    found = []
+    for each in said or ():
+        (name, picture), *settings = (part.partition("=")[::2] for part in each.split(","))
+        if not (name and picture):
+            raise BadInput(f"{each!r} is not CONTROL=PICTURE, like canny=edges.png,weight=0.8")
+        values: dict[str, Any] = {key: value or True for key, value in settings}
+        found.append({"control": name, "hint": Path(picture), **values})
+    return found or None
+
+
 def _targets(out: Path | None, count: int) -> list[Path]:
     """Where each picture goes, checked before anything is computed."""
     if out is None:
@@ -133,6 +145,7 @@ def run_replay(
     pictures: dict[str, Path | None],
     out: Path | None,
     device: str | None,
+    controls: dict[str, str] | None,
 ) -> None:
     """Draw again and say what came of it; exit code 1 when the picture is another one."""
     if out is not None:
@@ -145,6 +158,7 @@ def run_replay(
         "dtype": machine["dtype"],
         "prediction": receipt["model"]["prediction"],
         "ema": receipt["model"]["ema"],
+        "controls": controls,
     }
     loaded = _load(model or _find(receipt), how)
     verdict = replay(drawn, receipt, loaded, request)

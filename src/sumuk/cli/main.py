@@ -71,6 +71,12 @@ def generate(
         float | None, typer.Option(help="From which share of the way the refiner draws; 0.8.")
     ] = None,
     hint: Annotated[Path | None, typer.Option(help="Depth map or edges, for models that follow one.")] = None,
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="CONTROL=PICTURE[,weight=0.8][,start=0][,end=1][,guess]: what a ControlNet follows."
+        ),
+    ] = None,
     init: Annotated[Path | None, typer.Option(help="Picture to begin from.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of it is drawn anew; 0.75.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White is drawn anew, black is kept.")] = None,
@@ -86,6 +92,7 @@ def generate(
         list[str] | None, typer.Option(help="NAME=FILE that supplies a part: vae, text_2, decoder, ...")
     ] = None,
     refiner: Annotated[Path | None, typer.Option(help="A model that draws the last part (SDXL's).")] = None,
+    control: Annotated[list[str] | None, typer.Option(help="NAME=FILE: load a ControlNet.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; from file and device if left out.")
@@ -94,7 +101,7 @@ def generate(
     mode: Annotated[str | None, typer.Option(help="exact: same bits alone and in company; fast.")] = None,
 ) -> None:
     """Draw pictures from text, from a picture, or inside a mask."""
-    from sumuk.cli.draw import named_files, run_generate
+    from sumuk.cli.draw import named_files, run_generate, steerings
 
     values = {
         "prompt": prompt,
@@ -121,6 +128,7 @@ def generate(
         "decoder_guidance": decoder_guidance,
         "refiner_start": refiner_start,
         "hint": hint,
+        "steer": steerings(steer),
         "init": init,
         "strength": strength,
         "mask": mask,
@@ -131,6 +139,7 @@ def generate(
         "dtype": dtype,
         "prediction": prediction,
         "parts": named_files(part),
+        "controls": named_files(control),
         "refiner": refiner,
     }
     second = {"scale": hires, "strength": hires_strength, "steps": hires_steps}
@@ -144,6 +153,12 @@ def replay(
     init: Annotated[Path | None, typer.Option(help="The picture it began from, if it did.")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask that was used, if one was.")] = None,
     hint: Annotated[Path | None, typer.Option(help="The picture that it followed, if it did.")] = None,
+    steer: Annotated[
+        list[Path] | None, typer.Option(help="What its controls followed, in order, if it had any.")
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: the ControlNets it was made with.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write the picture drawn again.")
     ] = None,
@@ -152,9 +167,11 @@ def replay(
     ] = None,
 ) -> None:
     """Draw a picture again from its receipt; say identical, within tolerance, or why not."""
-    from sumuk.cli.draw import run_replay
+    from sumuk.cli.draw import named_files, run_replay
 
-    run_replay(image, model, {"init": init, "mask": mask, "hint": hint}, out, device)
+    pictures = {"init": init, "mask": mask, "hint": hint}
+    pictures |= {f"steer-{number}": each for number, each in enumerate(steer or (), start=1)}
+    run_replay(image, model, pictures, out, device, named_files(control))
 
 
 @app.command()

@@ -25,6 +25,7 @@ from sumuk.families.family import Family
 from sumuk.families.reading import Given, Sizes
 from sumuk.generate.beside import channels
 from sumuk.generate.beside import latent as to_latent
+from sumuk.generate.control import Steering, steerings
 from sumuk.generate.pixels import to_mask, to_pixels
 from sumuk.generate.settings import Settings
 from sumuk.generate.text import Said, Texts
@@ -43,12 +44,15 @@ class Condition:
     """Which of the model's networks is asked."""
     options: tuple[tuple[str, Any], ...] = ()
     """Settings of the forward that hold for the whole batch (which layers to skip)."""
+    steered: tuple[Steering, ...] = ()
+    """ControlNets at work."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Rows with equal keys can share a forward."""
         shapes = tuple((name, value.shape) for name, value in self.inputs.items())
-        return (self.network, shapes, None if self.beside is None else self.beside.shape, self.options)
+        beside = None if self.beside is None else self.beside.shape
+        return (self.network, shapes, beside, self.options, tuple(each.key for each in self.steered))
 
     def widen(self, x: Tensor) -> Tensor:
         return x if self.beside is None else torch.cat([x, self.beside], dim=1)
@@ -148,7 +152,7 @@ class _Walk:
         if request.mask is not None and known is not None and "masked" not in stage.family.beside:
             mask = to_mask(request.mask, shape[-1], shape[-2], request.mask_blur)
         path = BrownianPath(self.seed, shape) if listing.noise == "brownian" else noise
-        conditions = Steering(self, width, height, grid, base)
+        conditions = _Conditions(self, width, height, grid, base)
         walked = yield from guided(
             sample(settings.make_solver() if first else listing(), x, grid, path),
             stage.prediction,
@@ -164,7 +168,7 @@ def _guidance(scale: float) -> Guidance:
     return Plain() if scale == 1.0 else Cfg(scale=scale)
 
 
-class Steering:
+class _Conditions:
     """What each step of a walk is steered by; steps that read the same share one value."""
 
     def __init__(self, walk: _Walk, width: int, height: int, grid: Sequence[Level], base: int | None) -> None:
@@ -183,17 +187,25 @@ class Steering:
             other = walk.model.refiner
             self._steered["refiner"] = _Steered(other.family, Texts(other, settings, steps, base))
         self._beside = channels(walk.model, request, width, height) if walk.coarse is None else None
-        self._known: dict[tuple[str, int], Conditions] = {}
+        self._steerings = steerings(walk.model, request, width, height) if walk.coarse is None else ()
+        self._known: dict[tuple[Any, ...], Conditions] = {}
 
     def __call__(self, step: int) -> Conditions:
         name = self._network(step)
         texts = self._steered[name].texts
-        key = (name, texts.since(step))
+        here, there = (self._acting(name, step, negative) for negative in (False, True))
+        key = (name, texts.since(step), here, there)
         if key not in self._known:
             wanted, negative = texts.at(key[1])
-            positive = tuple((self._condition(name, said, False), weight) for said, weight in wanted)
-            self._known = {key: Conditions(positive, self._condition(name, negative, True))}
+            positive = tuple((self._condition(name, said, False, here), weight) for said, weight in wanted)
+            self._known = {key: Conditions(positive, self._condition(name, negative, True, there))}
         return self._known[key]
+
+    def _acting(self, name: str, step: int, negative: bool) -> tuple[Steering, ...]:
+        if name != "denoiser":  # a control knows the residuals of one network
+            return ()
+        steps = len(self._grid) - 1
+        return tuple(each for each in self._steerings if each.acts(step, steps, negative))
 
     def _network(self, step: int) -> str:
         """Which network answers: the refiner for the last part of the noise's way (Podell et al. 2023, section 2.5)."""
@@ -205,8 +217,8 @@ class Steering:
         last = level.schedule.last + 1
         return "refiner" if level.time < round(last * (1.0 - start)) else self._walk.stage.network
 
-    def _condition(self, name: str, texts: Said, negative: bool) -> Condition:
-        steered, request = self._steered[name], self._walk.settings.request
+    def _condition(self, name: str, texts: Said, negative: bool, steered: tuple[Steering, ...]) -> Condition:
+        family, request = self._steered[name].family, self._walk.settings.request
         given = Given(
             shape=self._walk.model.network(name).shape,
             sizes=self._sizes,
@@ -216,7 +228,7 @@ class Steering:
             label=request.label,
             coarse=self._walk.coarse,
         )
-        return Condition(steered.family.condition(given), beside=self._beside, network=name)
+        return Condition(family.condition(given), beside=self._beside, network=name, steered=steered)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from sumuk.base.errors import BadInput, Cancelled, SumukError, nearest
 from sumuk.diffusion.guidance import Row
 from sumuk.diffusion.sample import Moved
+from sumuk.generate.control import residuals
 from sumuk.generate.draw import Condition, draw, preview
 from sumuk.generate.pixels import keep_outside, to_image
 from sumuk.generate.receipt import make_receipt
@@ -174,13 +175,18 @@ class Engine:
 
     def _run(self, rows: list[Row]) -> list[Tensor]:
         device, dtype = self.model.device, self.model.dtype
-        x = torch.cat([row.condition.widen(row.x) for row in rows]).to(device, dtype)
+        x = torch.cat([row.x for row in rows]).to(device, dtype)
+        wide = torch.cat([row.condition.widen(row.x) for row in rows]).to(device, dtype)
         time_ = torch.tensor([row.level.time for row in rows], device=device, dtype=torch.float32)
         asked: Condition = rows[0].condition
         inputs = Condition.stack([row.condition for row in rows], device, dtype)
-        output = self.model.network(asked.network)(x, time_, **inputs, **dict(asked.options))
+        extra: dict[str, Any] = dict(asked.options)
+        if asked.steered:
+            steered = [row.condition.steered for row in rows]
+            extra["residuals"] = residuals(self.model, steered, x, time_, inputs)
+        output = self.model.network(asked.network)(wide, time_, **inputs, **extra)
         # A network that also predicts a variance appends its channels; no solver here uses it.
-        return list(output[:, : rows[0].x.shape[1]].to("cpu", torch.float32).split(1))
+        return list(output[:, : x.shape[1]].to("cpu", torch.float32).split(1))
 
     def _advance(self, track: _Track, reply: Any, events: list[Event]) -> None:
         """Send answers to a picture's coroutine until it asks again or ends."""

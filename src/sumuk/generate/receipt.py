@@ -47,7 +47,7 @@ def make_receipt(
             "licence": model.metadata.get("modelspec.license") or model.family.licence,
             "prediction": model.prediction.name,
             "ema": model.ema,
-            "files": [{"name": each.path.name, "sha256": each.sha256} for each in model.files],
+            "files": [{"name": each.path.name, "sha256": each.sha256} for each in model.every_file],
         },
         "settings": settings.as_dict(image),
         "machine": {

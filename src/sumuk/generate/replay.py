@@ -49,7 +49,8 @@ def request_of(receipt: dict[str, Any], pictures: Mapping[str, Image.Image | Non
 
     Args:
         receipt: what :func:`sumuk.generate.receipt.read_receipt` found.
-        pictures: by field of the request (``init``, ``mask``, ``hint``).
+        pictures: by field of the request (``init``, ``mask``, ``hint``), and ``steer-1``, ``steer-2``, ... for what
+            its controls looked at.
 
     Raises:
         BadInput: a picture is missing, is not the one that the receipt's digest says, or was not used at all; a
@@ -61,9 +62,15 @@ def request_of(receipt: dict[str, Any], pictures: Mapping[str, Image.Image | Non
         raise BadFile(
             "the receipt is damaged: it tells of one picture, but its count is another", "receipt.damaged"
         )
-    for name in PICTURES:
+    steers = values.get("steer") or ()
+    if not isinstance(steers, list | tuple) or not all(isinstance(each, dict) for each in steers):
+        raise BadFile("the receipt is damaged: it does not describe what steered", "receipt.damaged")
+    values["steer"] = [dict(each) for each in steers]
+    places = [(values, name, name) for name in PICTURES]
+    places += [(each, "hint", f"steer-{number}") for number, each in enumerate(values["steer"], start=1)]
+    for place, field, name in places:
         given = pictures.get(name)
-        noted = values.pop(name, None)
+        noted = place.pop(field, None)
         if noted is None:
             if given is not None:
                 raise BadInput(f"the receipt knows of no {name} picture; leave --{name} out")
@@ -79,14 +86,14 @@ def request_of(receipt: dict[str, Any], pictures: Mapping[str, Image.Image | Non
             raise BadInput(
                 f"the {name} picture is not the one that was used (its SHA-256 over pixels differs)"
             )
-        values[name] = given
+        place[field] = given
     return make_request(**values)
 
 
 def same_model(receipt: dict[str, Any], model: Model) -> list[str]:
     """In words, where a loaded model's files are not those of the receipt."""
     then = {each["sha256"] for each in receipt["model"]["files"]}
-    now = {each.sha256 for each in model.files}
+    now = {each.sha256 for each in model.every_file}
     reasons = [] if then == now else [f"the model files differ ({_short(then)} then, {_short(now)} now)"]
     if (said := receipt["model"]["prediction"]) != model.prediction.name:
         reasons.append(f"the prediction was {said}, is {model.prediction.name}")

@@ -171,6 +171,32 @@ class Hires(_Value):
     strength: Number = Field(default=0.5, gt=0.0, le=1.0)
 
 
+class Steer(_Value):
+    """A ControlNet at work: which one, what it looks at, how much and when."""
+
+    control: Text
+    """The name under which the model was loaded with it."""
+    hint: Picture
+    """Edges, depth, pose, or whatever it was trained on, as a picture."""
+    weight: Number = Field(default=1.0, gt=0.0, le=10.0)
+    start: Number = Field(default=0.0, ge=0.0, lt=1.0)
+    end: Number = Field(default=1.0, gt=0.0, le=1.0)
+    """The share of the steps in which it steers."""
+    guess: bool = False
+    """Draw from the picture rather than from the words: deep findings count most, and what is drawn away from is left
+    alone."""
+    mode: int | None = Field(default=None, ge=0)
+    """Kind of the picture by number, for networks that know several (FLUX.1 union)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Steer:
+        if self.start >= self.end:
+            raise ValueError(
+                f"start {self.start:g} is not before end {self.end:g}, so that it would never steer"
+            )
+        return self
+
+
 class Request(_Value):
     """What to draw. None means: the model's own default, which the receipt then states.
 
@@ -216,6 +242,8 @@ class Request(_Value):
     """From which share of the noise's way the refiner draws, for models loaded with one; None: 0.8."""
     hint: Picture | None = None
     """The picture that a depth or control model follows (a depth map, edges)."""
+    steer: tuple[Steer, ...] = ()
+    """ControlNets at work, for models loaded with some."""
     init: Picture | None = None
     strength: Number = Field(default=0.75, gt=0.0, le=1.0)
     """Image to image: the share of the way that is walked again."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from sumuk.base.errors import BadInput
+from sumuk.base.errors import BadInput, nearest
 from sumuk.diffusion.grid import GRIDS, make_grid, part
 from sumuk.diffusion.guidance import Cfg, Guidance, Plain
 from sumuk.diffusion.solver import Solver
@@ -179,6 +179,15 @@ def _check_model(request: Request, model: Model) -> None:
         raise BadInput(
             f"label {request.label} is not one of the classes 0 to {model.denoiser.shape.classes - 1}"
         )
+    for each in request.steer:
+        if each.control not in model.controls:
+            hint = nearest(each.control, model.controls)
+            raise BadInput(f"the model was loaded without a control {each.control!r}{hint}")
+        steps = request.steps or model.defaults.steps
+        if not any(each.start <= i / steps and (i + 1) / steps <= each.end for i in range(steps)):
+            raise BadInput(
+                f"no step of {steps} lies from start {each.start:g} to end {each.end:g} of {each.control!r}"
+            )
     if request.init is None and {"mask", "masked", "image", "low"} & set(family.beside):
         raise BadInput(f"{name} needs an init image")
     if request.hint is None and "hint" in family.takes:

@@ -7,7 +7,6 @@ tensor at a time. Saving is the way back, see :mod:`~sumuk.weights.writing`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from torch import nn
 from sumuk.base.errors import BadFile, BadInput, MissingFile, nearest
 from sumuk.diffusion.prediction import PREDICTIONS
 from sumuk.families.detect import Match, Unknown, moved
-from sumuk.families.family import Family, Latent, Part
-from sumuk.files import layout
-from sumuk.files.tensors import Lazy, Shape, Tensors, torch_dtype
+from sumuk.families.family import Family, Latent
+from sumuk.files.tensors import Tensors, torch_dtype
 from sumuk.nets.tokens import ClipTokens
 from sumuk.weights import inspect, vocabulary
+from sumuk.weights.building import Place, build, check_config, fill, refuse_leftovers
+from sumuk.weights.control import load_control
 from sumuk.weights.inspect import Opened
 from sumuk.weights.model import Model, WeightFile, Words
 from sumuk.weights.source import read
@@ -31,7 +31,6 @@ from sumuk.weights.writing import save
 
 __all__ = ["load", "save"]
 
-Place = str | os.PathLike[str]
 FLOATS = ("F32", "BF16", "F16", "F64")
 
 
@@ -45,6 +44,7 @@ def load(
     text: Place | None = None,
     parts: Mapping[str, Place] | None = None,
     refiner: Place | None = None,
+    controls: Mapping[str, Place] | None = None,
     ema: bool = False,
     variant: str | None = None,
     ignore: Sequence[str] = (),
@@ -62,6 +62,7 @@ def load(
         text: another file that supplies the first text tower.
         parts: further files, by the part that each supplies (``{"text_2": ..., "text_3": ...}``).
         refiner: a whole model of the same latents that draws the last part of the way (SDXL's).
+        controls: ControlNets, by the names under which requests shall ask for them.
         ema: take the averaged weights of the denoiser (``model_ema.*``) instead of the plain ones.
         variant: which weights of a diffusers folder, ``fp16`` for ``model.fp16.safetensors``.
         ignore: patterns of further tensor names to do without (``"embedding_manager.*"``).
@@ -98,10 +99,10 @@ def load(
         tensors = origin.tensors(part.name)
         if ema and part.name == "denoiser":
             tensors = _averaged(opened, tensors)
-        plans[part.name] = (_build(part, tensors, origin), tensors)
-        _check_config(part, tensors, origin)
+        plans[part.name] = (build(part, tensors, origin), tensors)
+        check_config(part, tensors, origin)
     for origin in (opened, *supplied.values()):
-        _refuse_leftovers(origin, ignore)
+        refuse_leftovers(origin, ignore)
     networks = {name: network for name, (network, _) in plans.items()}
     words: dict[str, Words] = {}
     for reading in family.readings:
@@ -113,7 +114,7 @@ def load(
     latent = _fitting(family, opened.latent(), networks, sources[-1].path)
     wanted = _dtype(plans["denoiser"][1], place, dtype)
     for network, tensors in plans.values():
-        _fill(network, tensors, place, wanted)
+        fill(network, tensors, place, wanted)
     loaded = Model(
         family=family,
         networks=networks,
@@ -127,10 +128,11 @@ def load(
         files=tuple(WeightFile(file) for each in sources for file in each.files),
         ema=ema,
     )
-    if refiner is None:
-        return loaded
-    other = load(refiner, device, dtype, prediction)
-    return replace(loaded, refiner=_agreeing(loaded, other, refiner))
+    if refiner is not None:
+        other = load(refiner, device, dtype, prediction)
+        loaded = replace(loaded, refiner=_agreeing(loaded, other, refiner))
+    guests = {name: load_control(place, loaded) for name, place in (controls or {}).items()}
+    return replace(loaded, controls=guests)
 
 
 def _agreeing(base: Model, refiner: Model, where: Place) -> Model:
@@ -194,85 +196,6 @@ def _supply(family: Family, path: Place, name: str) -> Opened:
     return opened
 
 
-def _build(part: Part, tensors: Tensors, origin: Opened) -> nn.Module:
-    """The network without numbers, each of its names and shapes checked against the file's."""
-    where = origin.source.path
-    try:
-        with torch.device("meta"):
-            network = part.build({name: tensor.shape for name, tensor in tensors.items()})
-    except (BadFile, BadInput) as error:
-        raise BadFile(f"{where}: {part.title}: {error}", "model.shape") from error
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    if lost := [name for name in expected if name not in tensors]:
-        raise BadFile(
-            f"{where}: {part.title} lacks {len(lost)} tensors: "
-            f"{layout.some(_as_in_file(origin, part, expected, lost))}",
-            "model.missing",
-        )
-    if extra := [name for name in tensors if name not in expected]:
-        native = f"{part.name}.{extra[0]}"
-        theirs = origin.moved.origin[native][0]
-        raise BadFile(
-            f"{where}: {part.title} has no place for {len(extra)} tensors, such as {theirs!r}"
-            f"{nearest(extra[0], expected)}",
-            "model.extra",
-        )
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise BadFile(
-                f"{where}: {name!r} has the shape {list(tensors[name].shape)}, not {list(shape)}",
-                "model.shape",
-            )
-    return network
-
-
-def _check_config(part: Part, tensors: Tensors, origin: Opened) -> None:
-    """Refuse a folder whose configuration asks for arithmetic that this network does not do."""
-    arrangement = origin.answer.arrangement
-    assert arrangement is not None  # it holds the part
-    prefix = next((prefix for each, prefix in arrangement.parts if each.name == part.name), "")
-    said = origin.source.config(f"{prefix}config.json")
-    if not said or not part.fixed:
-        return
-    ours = part.config({name: tensor.shape for name, tensor in tensors.items()})
-    for key in part.fixed:
-        if key in said and said[key] != ours.get(key):
-            raise BadFile(
-                f"{origin.source.path}: {prefix}config.json says {key} {said[key]!r:.60}; "
-                f"the {part.title} here has {ours.get(key)!r:.60}, so that it would draw something else",
-                "model.config",
-            )
-
-
-def _as_in_file(origin: Opened, part: Part, expected: Mapping[str, Shape], lost: list[str]) -> list[str]:
-    """Native names as the file at hand would spell them."""
-    arrangement = origin.answer.arrangement
-    assert arrangement is not None  # it holds the part
-    whole = {f"{part.name}.{name}": Lazy(shape, "F32", _never) for name, shape in expected.items()}
-    spelt = arrangement.layout(whole, backward=True).backward(whole)
-    native = {f"{part.name}.{name}" for name in lost}
-    return [name for name, sources in spelt.origin.items() if native & set(sources)]
-
-
-def _never() -> torch.Tensor:
-    raise AssertionError("only names and shapes are known")
-
-
-def _refuse_leftovers(origin: Opened, ignored: Sequence[str]) -> None:
-    moved = origin.moved
-    patterns = [layout.Pattern(text) for text in ignored]
-    unknown = [name for name in moved.unknown if all(pattern.read(name) is None for pattern in patterns)]
-    if unknown:
-        hint = nearest(unknown[0], [name for names in moved.origin.values() for name in names])
-        hint = hint if hint.startswith("; did") else ""
-        raise BadFile(
-            f"{origin.source.path}: holds {len(unknown)} tensors that its family does not know: "
-            f"{layout.some(unknown)}{hint}; to load without them give their names as ignore=",
-            "model.unknown_tensors",
-        )
-    replace(moved, unknown=[]).refuse_leftovers(str(origin.source.path))
-
-
 def _averaged(opened: Opened, tensors: Tensors) -> Tensors:
     """The denoiser's running averages, whose names are those of the training module with all dots removed."""
     averages = {name: "model_ema.diffusion_model" + name.replace(".", "") for name in tensors}
@@ -308,13 +231,3 @@ def _dtype(denoiser: Tensors, device: torch.device, dtype: str | torch.dtype | N
     stored = max(counts, key=lambda name: counts[name])
     slow = device.type == "cpu" and stored == "F16"
     return torch.float32 if slow or not counts[stored] else torch_dtype(stored)
-
-
-def _fill(network: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the tensors into the network, each in the target's dtype and place."""
-    state = {}
-    for name, tensor in tensors.items():
-        value = tensor.load()
-        state[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-    network.load_state_dict(state, strict=True, assign=True)
-    network.eval().requires_grad_(False)

@@ -231,8 +231,8 @@ class Opened:
         usual = self.family.latent
         vae = self.tensors("vae")
         channels, stride = usual.channels, usual.stride
-        if out := self.tensors("denoiser").get("out.2.weight"):
-            channels = out.shape[0]
+        if self.family.channels is not None:
+            channels = self.family.channels({n: t.shape for n, t in self.tensors("denoiser").items()})
         levels = sum(
             re.fullmatch(r"encoder\.down\.[0-9]+\.block\.0\.conv1\.weight", name) is not None for name in vae
         )
@@ -269,10 +269,11 @@ class Opened:
         """Pixels a side, as ``"512x512"``."""
         if said := self.source.metadata.get("modelspec.resolution"):
             return Told(said, "metadata modelspec.resolution")
-        size = self.source.config("unet/config.json").get("sample_size")
-        if isinstance(size, int):
-            pixels = size * self.latent().stride
-            return Told(f"{pixels}x{pixels}", "unet/config.json")
+        for place in ("unet/config.json", "transformer/config.json", "config.json"):
+            size = self.source.config(place).get("sample_size")
+            if isinstance(size, int):
+                pixels = round(size * self.latent().stride)
+                return Told(f"{pixels}x{pixels}", place)
         usual = self.family.defaults.size
         return Told(f"{usual}x{usual}", f"usual for {self.family.title}; the file does not say", sure=False)
 

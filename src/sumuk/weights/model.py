@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sumuk.base.errors import BadFile, MissingFile
 from sumuk.diffusion.prediction import PREDICTIONS, Prediction
 from sumuk.diffusion.schedule import Discrete, Schedule
-from sumuk.families.family import FAMILIES, Defaults, Facts, Family, Latent
+from sumuk.families.family import FAMILIES, Defaults, Facts, Family, Kind, Latent
 from sumuk.families.reading import Reading
 from sumuk.files.hashes import Progress, hashes
 from sumuk.nets.effnet import effnet_pixels
@@ -63,6 +63,21 @@ class Words(Protocol):
     def to_json(self) -> str:
         """All of it as text, for a file's metadata."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A ControlNet beside a model.
+
+    Attributes:
+        kind: what it is.
+        network: what it computes.
+        files: where it came from.
+    """
+
+    kind: Kind
+    network: Any
+    files: tuple[WeightFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,14 @@ class Model:
     files: tuple[WeightFile, ...] = ()
     ema: bool = False
     refiner: Model | None = None
-    controls: dict[str, Any] = field(default_factory=dict)
+    controls: dict[str, Control] = field(default_factory=dict)
+
+    @property
+    def every_file(self) -> tuple[WeightFile, ...]:
+        """Its files, and those of its refiner and controls."""
+        guests = [control.files for control in self.controls.values()]
+        guests += [self.refiner.every_file] if self.refiner is not None else []
+        return (*self.files, *(file for files in guests for file in files))
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -124,8 +124,8 @@ def _folder(
         index = said.get("model_index.json", {})
         for reading in model.family.readings:
             if reading.part not in model.networks:
-                place = next(prefix for part, prefix in arrangement.parts if part.name == reading.part)
-                index |= {place.strip("/"): [None, None], vocabulary.folder(reading.part): [None, None]}
+                inside = next(prefix for part, prefix in arrangement.parts if part.name == reading.part)
+                index |= {inside.strip("/"): [None, None], vocabulary.folder(reading.part): [None, None]}
         for name, table in said.items():
             (folder / name).parent.mkdir(exist_ok=True)
             _json(folder / name, table)
