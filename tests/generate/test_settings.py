@@ -69,8 +69,8 @@ def test_every_field_has_a_reason_to_be_here():
     assert set(Request.model_fields) == {
         "prompt", "negative", "width", "height", "steps", "solver", "grid", "eta", "guidance", "rescale",
         "guidance_start", "guidance_end", "seed", "variation_seed", "variation", "count", "clip_skip", "label",
-        "original", "crop", "decoder_steps", "decoder_guidance", "refiner_start", "hint", "steer", "init",
-        "strength", "mask", "mask_blur", "hires", "preview",
+        "original", "crop", "decoder_steps", "decoder_guidance", "refiner_start", "hint", "like", "noise_level",
+        "steer", "init", "strength", "mask", "mask_blur", "hires", "preview",
     }  # fmt: skip
     assert set(Hires.model_fields) == {"scale", "steps", "strength"}
 
@@ -126,7 +126,7 @@ def test_the_receipts_settings_leave_nothing_open(model: Model):
     assert (found["seed"], found["count"], found["preview"], found["eta"]) == (9, 1, 0, 1.0)
     assert found["hires"] == {"scale": 2.0, "steps": 25, "strength": 0.5}
     may_be_none = {"init", "mask", "variation_seed", "label", "original", "crop", "hint"}
-    may_be_none |= {"decoder_steps", "decoder_guidance", "refiner_start"}
+    may_be_none |= {"decoder_steps", "decoder_guidance", "refiner_start", "like", "noise_level"}
     assert {key for key, value in found.items() if value is None} == may_be_none
     assert set(found) == set(Request.model_fields)
 

@@ -71,6 +71,10 @@ def generate(
         float | None, typer.Option(help="From which share of the way the refiner draws; 0.8.")
     ] = None,
     hint: Annotated[Path | None, typer.Option(help="Depth map or edges, for models that follow one.")] = None,
+    like: Annotated[Path | None, typer.Option(help="Picture to draw like (unCLIP, Cascade).")] = None,
+    noise_level: Annotated[
+        int | None, typer.Option(help="Noise on what the model is shown (x4 upscaler, unCLIP).")
+    ] = None,
     steer: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,6 +132,8 @@ def generate(
         "decoder_guidance": decoder_guidance,
         "refiner_start": refiner_start,
         "hint": hint,
+        "like": like,
+        "noise_level": noise_level,
         "steer": steerings(steer),
         "init": init,
         "strength": strength,
@@ -153,6 +159,7 @@ def replay(
     init: Annotated[Path | None, typer.Option(help="The picture it began from, if it did.")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask that was used, if one was.")] = None,
     hint: Annotated[Path | None, typer.Option(help="The picture that it followed, if it did.")] = None,
+    like: Annotated[Path | None, typer.Option(help="The picture it was drawn like, if it was.")] = None,
     steer: Annotated[
         list[Path] | None, typer.Option(help="What its controls followed, in order, if it had any.")
     ] = None,
@@ -169,7 +176,7 @@ def replay(
     """Draw a picture again from its receipt; say identical, within tolerance, or why not."""
     from sumuk.cli.draw import named_files, run_replay
 
-    pictures = {"init": init, "mask": mask, "hint": hint}
+    pictures = {"init": init, "mask": mask, "hint": hint, "like": like}
     pictures |= {f"steer-{number}": each for number, each in enumerate(steer or (), start=1)}
     run_replay(image, model, pictures, out, device, named_files(control))
 

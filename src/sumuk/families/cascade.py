@@ -198,6 +198,7 @@ STAGE_C = Family(
     condition=_condition_c,
     guidance="classifier-free",
     then="cascade/stage-b",
+    takes=("like",),
     defaults=Defaults(size=1024, steps=20, guidance=4.0, solver="ddpm", grid="uniform"),
     licence=LICENCE,
     folder=partial(
@@ -221,6 +222,7 @@ STAGE_B = replace(
     schedule=ContinuousCosine,
     condition=_condition_b,
     then=None,
+    takes=(),
     defaults=replace(STAGE_C.defaults, steps=10, guidance=1.1),
     folder=partial(
         _folder,

@@ -172,6 +172,7 @@ class Kind:
         arrangements: the layouts of its files; the first lists all parts and is the one to write by default.
         recognise: None if native names and shapes are this variant's, else the reason why not.
         licence: SPDX-like name of the published weights' licence.
+        tells: what else names and shapes say that people want to know, as texts (an adapter's rank).
     """
 
     name: str
@@ -181,6 +182,7 @@ class Kind:
     arrangements: tuple[Arrangement, ...]
     recognise: Callable[[Shapes], str | None]
     licence: str
+    tells: Callable[[Shapes], Mapping[str, str]] | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -214,7 +216,11 @@ class Family(Kind):
         then: key of the family that draws on from this one's latents with its own network, the part ``decoder``
             (Cascade's stage B); None: the autoencoder does.
         sides: pixels a side of the training images, from the denoiser's native names and shapes, where they show it.
-        takes: what else of a request it follows: ``sizes`` (SDXL is told them), ``hint`` (a picture that it follows).
+        takes: what else of a request it follows: ``sizes`` (SDXL is told them), ``hint`` (a depth map), ``like`` (a
+            picture seen by CLIP), ``noise_level`` (of what it is shown).
+        level: the usual noise level.
+        view: what it is told of a picture's view by CLIP: (view [1, P], noise level, standard normal [1, P], the
+            part ``statistics`` or None) -> [1, P]; None: the view itself.
         defaults: for requests.
         folder: what the JSON files of a diffusers folder say beside the networks' own configurations.
     """
@@ -234,6 +240,8 @@ class Family(Kind):
     then: str | None = None
     sides: Callable[[Shapes], int] | None = None
     takes: tuple[str, ...] = ()
+    level: int = 0
+    view: Callable[[Tensor, int, Tensor, Any], Tensor] | None = None
     defaults: Defaults
     folder: Callable[[Facts], dict[str, dict[str, Any]]]
 

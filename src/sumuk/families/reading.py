@@ -6,7 +6,7 @@ its network takes beside ``x`` and time: one function from :class:`Given` to nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ class Reading:
         part: the tower's :class:`~sumuk.families.family.Part`.
         words: its kind of vocabulary: ``clip`` (chunks with begin and end) or ``t5`` (one row with an end).
         pad: the id that fills rows up; None: the vocabulary's own.
-        layer: the hidden state, counted from the end, that is read with clip skip 1.
+        layer: the hidden state, counted from the end, that is read with clip skip 1; or a function from the tower's
+            shape to it, where files leave away what is not read.
         norm: whether the tower's final norm is applied to it.
         pool: the sentence as one vector: ``pooled``, ``projected``, or None for none.
         length: tokens of a row; None: as many as the tower has positions. T5 has none, so it must be said.
@@ -32,11 +33,15 @@ class Reading:
     part: str
     words: str = "clip"
     pad: int | None = None
-    layer: int = 1
+    layer: int | Callable[[Any], int] = 1
     norm: bool = True
     pool: str | None = None
     length: int | None = None
     masked: bool = False
+
+    def layer_of(self, shape: Any) -> int:
+        """The layer for a tower of that shape."""
+        return self.layer if isinstance(self.layer, int) else self.layer(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ class Given:
         texts: what each tower said, by part; without an entry for a tower that the model lacks.
         sizes: of the picture.
         negative: whether this is the side to go away from.
+        empty: whether the text has no words.
         guidance: scale, for networks that take it as an input.
         label: class number of class-conditional models; None: no class.
         coarse: the finished latent [1, C, h, w] that this stage draws on from (Cascade's stage B); None: none.
@@ -87,6 +93,7 @@ class Given:
     sizes: Sizes
     texts: Mapping[str, Encoded] = field(default_factory=dict)
     negative: bool = False
+    empty: bool = False
     guidance: float = 1.0
     label: int | None = None
     coarse: Tensor | None = None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sumuk.base.errors import BadInput
 from sumuk.diffusion.schedule import cosine, scaled_linear
+from sumuk.families.cascade_parts import IMAGE
 from sumuk.families.family import FAMILIES, Arrangement, Defaults, Facts, Family, Latent, Part, Shapes
 from sumuk.families.linear_unet import (
     Header,
@@ -32,10 +33,10 @@ from sumuk.families.linear_unet import (
     read_header,
     vector_unet_rules,
 )
-from sumuk.families.openclip import EXTRAS, OPENCLIP_H
+from sumuk.families.openclip import EXTRAS, OPENCLIP_H, layer_read
 from sumuk.families.reading import Given, Reading
 from sumuk.families.sd import POSITIONS, UNET, VAE, _unet_config
-from sumuk.files.layout import ignore
+from sumuk.files.layout import ignore, rename
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,15 +80,47 @@ LINEAR_UNET = replace(
 X4_UNET = replace(LINEAR_UNET, build=_x4_unet, config=_x4_config)
 
 
-def _arrangements(unet: Part) -> tuple[Arrangement, ...]:
-    networks = (
+def _statistics(shapes: Shapes) -> nn.Module:
+    from sumuk.nets.clip_vision import ViewStatistics
+
+    return ViewStatistics(shapes["mean"][-1])
+
+
+STATISTICS = Part(
+    name="statistics",
+    title="statistics of CLIP's views",
+    key="mean",
+    original=("mean", "std"),
+    diffusers=lambda names: [rename("mean", "mean"), rename("std", "std")],
+    supplier="image_normalizer/ of an unCLIP diffusers folder",
+    build=_statistics,
+    config=lambda shapes: {"_class_name": "StableUnCLIPImageNormalizer", "embedding_dim": shapes["mean"][-1]},
+    optional=True,
+)
+VIEWS = (
+    (
+        replace(IMAGE, title="image tower", supplier="image_encoder/ of an unCLIP diffusers folder"),
+        "image_encoder.",
+    ),
+    (STATISTICS, "image_normalizer."),
+)
+"""What unCLIP sees a picture with. The published single files hold it under names that nobody here has seen."""
+
+
+def _arrangements(unet: Part, views: bool = False) -> tuple[Arrangement, ...]:
+    networks = [
         (unet, "model.diffusion_model.", "unet/"),
         (VAE, "first_stage_model.", "vae/"),
         (OPENCLIP_H, "cond_stage_model.model.", "text_encoder/"),
-    )
+    ]
     single = tuple(f"cond_stage_model.model.{name}" for name in EXTRAS)
-    folders = ("depth_estimator/*", "image_normalizer/*", *(f"text_encoder/{name}" for name in POSITIONS))
-    return arrangements(networks, single, folders)
+    folders = ["depth_estimator/*", *(f"text_encoder/{name}" for name in POSITIONS)]
+    if views:
+        networks += [(part, prefix, prefix.replace(".", "/")) for part, prefix in VIEWS]
+        folders.append("image_encoder/vision_model.embeddings.position_ids")
+    else:
+        folders.append("image_encoder/*")
+    return arrangements(tuple(networks), single, tuple(folders))
 
 
 def _with(usual: tuple[Arrangement, ...], *names: str) -> tuple[Arrangement, ...]:
@@ -170,6 +203,12 @@ def noised_view(
     return (at.alpha * (view - mean) / std + at.sigma * noise) * std + mean
 
 
+def _noised_view(view: Tensor, level: int, noise: Tensor, statistics: Any) -> Tensor:
+    if statistics is None:
+        return noised_view(view, level, noise)
+    return noised_view(view, level, noise, statistics.mean.float(), statistics.std.float())
+
+
 def _x4_folder(facts: Facts) -> dict[str, dict[str, Any]]:
     index = {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350}
     said = folder("StableDiffusionUpscalePipeline", index | ABSENT, facts)
@@ -187,8 +226,8 @@ def _x4_folder(facts: Facts) -> dict[str, dict[str, Any]]:
 def _unclip_folder(facts: Facts) -> dict[str, dict[str, Any]]:
     index = {
         "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "image_normalizer": [None, None],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "image_normalizer": ["diffusers", "StableUnCLIPImageNormalizer"],
         "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
     }
     said = folder("StableUnCLIPImg2ImgPipeline", index, facts)
@@ -214,7 +253,7 @@ TEXT_TO_IMAGE = Family(
     schedule=scaled_linear,
     prediction="v",
     # Of a whole tower; one that ends where it is read has no projection, see openclip.layer_read.
-    readings=(Reading(part="text", pad=0, layer=2),),
+    readings=(Reading(part="text", pad=0, layer=layer_read),),
     condition=_context,
     guidance="classifier-free",
     defaults=Defaults(size=768, steps=25, guidance=7.5),
@@ -260,6 +299,8 @@ X4_UPSCALER = replace(
     schedule=partial(scaled_linear, start=0.0001, end=0.02),
     condition=_noised_picture,
     beside=("low",),
+    takes=("noise_level",),
+    level=20,
     defaults=Defaults(size=512, steps=25, guidance=9.0),
     folder=_x4_folder,
 )
@@ -268,10 +309,12 @@ UNCLIP_L = replace(
     variant="unclip-l",
     title="Stable Diffusion 2.1 unCLIP, told by CLIP L",
     architecture="stable-diffusion-v2-unclip-l",
-    # CLIP's image tower and the tables of its noise lie in these files. They are not read: views are given.
-    arrangements=_with(USUAL, "embedder.*", "noise_augmentor.*"),
+    # The single files hold CLIP's image tower and the tables of its noise too; those are not read, the folder's are.
+    arrangements=_with(_arrangements(LINEAR_UNET, views=True), "embedder.*", "noise_augmentor.*"),
     recognise=partial(_recognise, (0, 0), "l"),
     condition=_view,
+    view=_noised_view,
+    takes=("like", "noise_level"),
     defaults=Defaults(size=768, steps=25, guidance=10.0),
     folder=_unclip_folder,
 )

@@ -30,7 +30,7 @@ from sumuk.families.linear_unet import (
     vector_unet_rules,
 )
 from sumuk.families.openclip import EXTRAS, OPENCLIP_G, PROJECTION, openclip_rules
-from sumuk.families.reading import Given, Reading
+from sumuk.families.reading import Encoded, Given, Reading
 from sumuk.families.sd import CLIP, POSITIONS, VAE
 from sumuk.families.sd2 import LINEAR_UNET
 from sumuk.files.layout import Rule
@@ -151,6 +151,16 @@ def _base(given: Given) -> dict[str, Tensor]:
     small, large = given.texts["text"], given.texts["text_2"]
     sizes = given.sizes
     numbers = (*sizes.original, *sizes.crop, *sizes.target)
+    if given.negative and given.empty:
+        # As it was trained to be drawn without words: with zeros, not with what the towers make of none.
+        assert large.pooled is not None
+        small, large = (
+            Encoded(
+                z=torch.zeros_like(each.z),
+                pooled=None if each.pooled is None else torch.zeros_like(each.pooled),
+            )
+            for each in (small, large)
+        )
     return {"context": torch.cat((small.z, large.z), dim=-1), "y": vector(large.pooled, numbers)}
 
 

@@ -81,6 +81,18 @@ def depth(model: Model, request: Request, width: int, height: int) -> Tensor:
     return 2 * (map_ - low) / (high - low).clamp(min=1e-6) - 1
 
 
+def low(model: Model, request: Request, width: int, height: int) -> Tensor:
+    """The small picture with a little noise on it, a pixel a cell (x4 upscaler)."""
+    cells = (model.latent.cells(width), model.latent.cells(height))
+    picture = _picture(request.init, *cells)
+    level = model.schedule.level(model.family.level if request.noise_level is None else request.noise_level)
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(LOW_SEED))
+    return level.alpha * picture + level.sigma * noise
+
+
+LOW_SEED = 4
+"""Of the noise on small pictures: the same for each, so that only a request's own seed changes what is drawn."""
+
 for name, function in {
     "mask": mask,
     "masked": masked,
@@ -88,5 +100,6 @@ for name, function in {
     "image": image,
     "control": control,
     "depth": depth,
+    "low": low,
 }.items():
     BESIDE.add(name, function)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sumuk.base.errors import MissingFile
 from sumuk.diffusion.grid import make_grid, part
 from sumuk.diffusion.guidance import Cfg, Conditions, Guidance, Plain, Row, guided
 from sumuk.diffusion.noise import BrownianPath, ImageNoise
@@ -27,8 +28,10 @@ from sumuk.generate.beside import channels
 from sumuk.generate.beside import latent as to_latent
 from sumuk.generate.control import Steering, steerings
 from sumuk.generate.pixels import to_mask, to_pixels
+from sumuk.generate.request import Request
 from sumuk.generate.settings import Settings
 from sumuk.generate.text import Said, Texts
+from sumuk.nets.clip_vision import clip_pixels
 from sumuk.weights.model import Model, Stage
 
 
@@ -186,6 +189,7 @@ class _Conditions:
         if walk.model.refiner is not None and stage.network == "denoiser":
             other = walk.model.refiner
             self._steered["refiner"] = _Steered(other.family, Texts(other, settings, steps, base))
+        self._image = _view(walk.model, request, walk.settings, walk.seed) if walk.coarse is None else None
         self._beside = channels(walk.model, request, width, height) if walk.coarse is None else None
         self._steerings = steerings(walk.model, request, width, height) if walk.coarse is None else ()
         self._known: dict[tuple[Any, ...], Conditions] = {}
@@ -224,11 +228,33 @@ class _Conditions:
             sizes=self._sizes,
             texts=texts,
             negative=negative,
+            empty=not (request.negative if negative else request.prompt),
             guidance=self._walk.settings.guidance_scale,
             label=request.label,
             coarse=self._walk.coarse,
+            image=self._image,
+            noise_level=self._walk.settings.noise_level or 0,
         )
         return Condition(family.condition(given), beside=self._beside, network=name, steered=steered)
+
+
+def _view(model: Model, request: Request, settings: Settings, seed: int) -> Tensor | None:
+    """What the model is told of the picture that it shall draw like, [1, P]; None without one."""
+    if request.like is None:
+        return None
+    tower = model.networks.get("image")
+    if tower is None:
+        part = next(part for part in model.family.parts if part.name == "image")
+        raise MissingFile(
+            f"{model.family.title} sees no picture without its {part.title}, which is supplied by {part.supplier}; "
+            'give it to load() as parts={"image": FILE}'
+        )
+    pixels = to_pixels(request.like, *request.like.size)
+    seen = tower(clip_pixels(pixels).to(next(tower.parameters()))).projected.to("cpu", torch.float32)
+    if model.family.view is None:
+        return seen
+    noise = ImageNoise((seed + 2**62) % 2**64, tuple(seen.shape)).initial()  # not the picture's own noise
+    return model.family.view(seen, settings.noise_level or 0, noise, model.networks.get("statistics"))
 
 
 @dataclass(frozen=True)

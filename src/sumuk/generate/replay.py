@@ -40,7 +40,7 @@ class Verdict:
     picture: Image.Image
 
 
-PICTURES = ("init", "mask", "hint")
+PICTURES = ("init", "mask", "hint", "like")
 """Fields of a request that are pictures: a receipt has their digests only."""
 
 

@@ -242,6 +242,10 @@ class Request(_Value):
     """From which share of the noise's way the refiner draws, for models loaded with one; None: 0.8."""
     hint: Picture | None = None
     """The picture that a depth or control model follows (a depth map, edges)."""
+    like: Picture | None = None
+    """A picture whose content is imitated, as CLIP's image tower sees it (unCLIP, Stable Cascade)."""
+    noise_level: int | None = Field(default=None, ge=0, lt=1000)
+    """How much noise is laid on what the model is shown (x4 upscaler, unCLIP); None: the family's usual."""
     steer: tuple[Steer, ...] = ()
     """ControlNets at work, for models loaded with some."""
     init: Picture | None = None

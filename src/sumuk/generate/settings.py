@@ -46,6 +46,8 @@ class Settings:
     decoder_steps: int | None = None
     decoder_guidance: float | None = None
     """Of the second stage, for models that have one."""
+    noise_level: int | None = None
+    """Of what the model is shown; None where it is shown nothing."""
     refiner_start: float | None = None
     """From which share of the noise's way the refiner draws; None without one."""
 
@@ -88,6 +90,7 @@ class Settings:
             "decoder_steps": self.decoder_steps,
             "decoder_guidance": self.decoder_guidance,
             "refiner_start": self.refiner_start,
+            "noise_level": self.noise_level,
             "seed": (self.seed + image) % 2**64,
             "count": 1,
             "preview": 0,
@@ -139,6 +142,7 @@ def resolve(request: Request, model: Model) -> Settings:
         guided=model.family.guided,
         decoder_steps=None if later is None else request.decoder_steps or later.steps,
         decoder_guidance=None if later is None else _or(request.decoder_guidance, later.guidance),
+        noise_level=_noise_level(request, model),
         refiner_start=None if model.refiner is None else _or(request.refiner_start, 0.8),
     )
 
@@ -147,13 +151,20 @@ def _or(said: float | None, usual: float) -> float:
     return usual if said is None else said
 
 
+def _noise_level(request: Request, model: Model) -> int | None:
+    if "noise_level" not in model.family.takes:
+        return None
+    return model.family.level if request.noise_level is None else request.noise_level
+
+
 def _check_model(request: Request, model: Model) -> None:
     """Refuse what this model cannot follow, and what it cannot do without."""
     family = model.family
     name = f"{family.title} ({family.variant})"
     for reading in model.readings:
         if reading.words == "clip":
-            layers = model.networks[reading.part].shape.depth - (reading.layer - 1)
+            shape = model.networks[reading.part].shape
+            layers = shape.depth - (reading.layer_of(shape) - 1)
             if request.clip_skip > layers:
                 raise BadInput(
                     f"clip_skip {request.clip_skip} is more than the {layers} layers of this model's text tower"
@@ -162,8 +173,9 @@ def _check_model(request: Request, model: Model) -> None:
         for field in ("prompt", "negative"):
             if getattr(request, field):
                 raise BadInput(f"{name} reads no text, so that the {field} would do nothing; leave it out")
-    for field, needed in (("label", family.classes), ("hint", "hint" in family.takes)):
-        if getattr(request, field) is not None and not needed:
+    taken = {"label"} if family.classes else set()
+    for field in ("label", "hint", "like", "noise_level"):
+        if getattr(request, field) is not None and field not in taken | set(family.takes):
             raise BadInput(f"{field} does nothing for {name}; leave it out")
     for field in ("decoder_steps", "decoder_guidance"):
         if getattr(request, field) is not None and len(model.stages) == 1:
@@ -235,7 +247,9 @@ def _check_guidance(request: Request, model: Model, scale: float, walks: list[in
 def _size(request: Request, model: Model) -> tuple[int, int]:
     """Width and height: as asked, else the init image's (down to a multiple of 8), else the model's own."""
     step = _step(model)
-    if request.init is not None:
+    if request.init is not None and "low" in model.family.beside:
+        width, height = (round(side * model.latent.stride) // step * step for side in request.init.size)
+    elif request.init is not None:
         width, height = (max(step, side // step * step) for side in request.init.size)
     else:
         width = height = model.defaults.size

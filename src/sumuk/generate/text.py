@@ -59,7 +59,7 @@ class Tower:
     def _layer(self, output: Any) -> Tensor:
         if not self.chunked:
             return output.last
-        return output.skip(self.reading.layer + self.clip_skip - 1, self.reading.norm)
+        return output.skip(self.reading.layer_of(self.network.shape) + self.clip_skip - 1, self.reading.norm)
 
 
 class Texts:

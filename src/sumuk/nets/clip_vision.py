@@ -289,3 +289,16 @@ def clip_pixels(pixels: Tensor, size: int = SIZE) -> Tensor:
     x = x[:, :, top : top + size, left : left + size]
     mean, std = (x.new_tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))
     return ((x - mean) / std).to(pixels.dtype)
+
+
+class ViewStatistics(nn.Module):
+    """Mean and standard deviation of a tower's sentences about pictures, ``[1, P]`` each (unCLIP).
+
+    Args:
+        width: P.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(1, width))
+        self.std = nn.Parameter(torch.ones(1, width))
