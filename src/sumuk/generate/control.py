@@ -1,112 +1,166 @@
-"""ControlNets at work: what they look at, when, and what they add to the model's network."""
+"""ControlNets and adapters at work: what they look at, when, and what they change about the model's network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sumuk.base.errors import BadInput
+from sumuk.base.errors import BadInput, MissingFile
 from sumuk.generate.pixels import to_pixels
 from sumuk.generate.request import Request, Steer
+from sumuk.nets.adapters import T2IAdapter, with_features
+from sumuk.nets.clip_vision import clip_pixels
 from sumuk.nets.control_dit import FluxControlNet, SD3ControlNet
 from sumuk.nets.controlnet import ControlNet, scaled
+from sumuk.nets.ip_adapter import IPAdapter, with_image
 from sumuk.weights.model import Model
+
+Seen = tuple[Tensor, ...]
+"""What a guest looks at, or what it found in it where that is the same for all steps; each of batch 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """A request's :class:`Steer` for one size of picture.
-
-    Attributes:
-        steer: what was asked.
-        hint: what the network looks at, batch 1.
-    """
+    """A request's :class:`Steer` for one size of picture and one side of guidance."""
 
     steer: Steer
-    hint: Tensor
+    seen: Seen
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Rows with equal keys can be steered in one forward."""
         steer = self.steer
-        return (steer.control, steer.weight, steer.guess, steer.mode, self.hint.shape)
+        return (steer.control, steer.weight, steer.guess, steer.mode, *(each.shape for each in self.seen))
 
-    def acts(self, step: int, steps: int, negative: bool) -> bool:
+    def acts(self, step: int, steps: int) -> bool:
         """Whether it steers step ``step`` of ``steps`` (from 0)."""
-        if negative and self.steer.guess:
-            return False
         return self.steer.start <= step / steps and (step + 1) / steps <= self.steer.end
 
 
-def _picture(model: Model, steer: Steer, width: int, height: int) -> Tensor:
+def _picture(model: Model, steer: Steer, width: int, height: int, negative: bool) -> Seen:
     """RGB in 0..1 (ControlNets of U-Nets)."""
-    return (to_pixels(steer.hint, width, height) + 1) / 2
+    return ((to_pixels(steer.hint, width, height) + 1) / 2,)
 
 
-def _latent(model: Model, steer: Steer, width: int, height: int) -> Tensor:
+def _latent(model: Model, steer: Steer, width: int, height: int, negative: bool) -> Seen:
     """The picture's latent as the denoiser knows latents (FLUX.1)."""
-    return model.encode_latent(to_pixels(steer.hint, width, height).to(model.device)).to("cpu", torch.float32)
-
-
-def _unshifted(model: Model, steer: Steer, width: int, height: int) -> Tensor:
-    """The picture's latent, scaled but not shifted (InstantX's for SD3)."""
-    return _latent(model, steer, width, height) + model.latent.shift * model.latent.scale
-
-
-LOOKS: dict[type, Callable[[Model, Steer, int, int], Tensor]] = {
-    ControlNet: _picture,
-    FluxControlNet: _latent,
-    SD3ControlNet: _unshifted,
-}
-"""What each kind of network looks at."""
-
-
-def steerings(model: Model, request: Request, width: int, height: int) -> tuple[Steering, ...]:
-    """Everything that steers a request."""
-    return tuple(
-        Steering(steer, LOOKS[type(model.controls[steer.control].network)](model, steer, width, height))
-        for steer in request.steer
+    return (
+        model.encode_latent(to_pixels(steer.hint, width, height).to(model.device)).to("cpu", torch.float32),
     )
 
 
-def residuals(
+def _unshifted(model: Model, steer: Steer, width: int, height: int, negative: bool) -> Seen:
+    """The picture's latent, scaled but not shifted (InstantX's for SD3)."""
+    (latent,) = _latent(model, steer, width, height, negative)
+    return (latent + model.latent.shift * model.latent.scale,)
+
+
+def _features(model: Model, steer: Steer, width: int, height: int, negative: bool) -> Seen:
+    """What a T2I-Adapter finds in the picture; the same at all steps, and on both sides."""
+    network = model.controls[steer.control].network
+    (picture,) = _picture(model, steer, width, height, negative)
+    grey = picture.mean(dim=1, keepdim=True) if network.shape.colours == 1 else picture
+    return tuple(each.to("cpu", torch.float32) for each in network(grey.to(model.device, model.dtype)))
+
+
+def _tokens(model: Model, steer: Steer, width: int, height: int, negative: bool) -> Seen:
+    """The picture through CLIP's image tower and an IP-Adapter; to go away from: what it makes of nothing."""
+    network, tower = model.controls[steer.control].network, model.networks.get("image")
+    if tower is None:
+        raise MissingFile(
+            f"{steer.control!r} sees a picture through CLIP's image tower; give that to load() as "
+            'parts={"image": FILE}, for SD 1.x image_encoder/model.safetensors of the IP-Adapter repository'
+        )
+    pixels = clip_pixels(to_pixels(steer.hint, *steer.hint.size)).to(next(tower.parameters()))
+    plain = network.shape.kind == "image"
+    if negative and not plain:
+        pixels = torch.zeros_like(pixels)
+    view = tower(pixels)
+    view = view.projected if plain else view.penultimate
+    view = torch.zeros_like(view) if negative and plain else view
+    return (network(view.to(model.device, model.dtype)).to("cpu", torch.float32),)
+
+
+LOOKS: dict[type, Callable[[Model, Steer, int, int, bool], Seen]] = {
+    ControlNet: _picture,
+    FluxControlNet: _latent,
+    SD3ControlNet: _unshifted,
+    T2IAdapter: _features,
+    IPAdapter: _tokens,
+}
+"""What each kind of guest looks at."""
+
+
+def steerings(
+    model: Model, request: Request, width: int, height: int, negative: bool
+) -> tuple[Steering, ...]:
+    """Everything that steers one side of a request; guess mode leaves the side to go away from alone."""
+    return tuple(
+        Steering(
+            steer, LOOKS[type(model.controls[steer.control].network)](model, steer, width, height, negative)
+        )
+        for steer in request.steer
+        if not (negative and steer.guess)
+    )
+
+
+@contextmanager
+def at_work(
     model: Model, rows: Sequence[Sequence[Steering]], x: Tensor, t: Tensor, inputs: Mapping[str, Tensor]
-) -> Any:
-    """What the controls of some rows with equal keys add, as the denoiser takes it; None without controls.
+) -> Iterator[dict[str, Any]]:
+    """Attach the guests of some rows with equal keys for one forward of the denoiser.
 
     Args:
-        model: whose controls.
-        rows: the steerings of each row, alike but for their hints.
+        model: whose guests.
+        rows: the steerings of each row, alike but for what they see.
         x: latents [B, C, h, w] without further channels.
         t: network times [B].
         inputs: what the denoiser takes beside them.
+
+    Yields:
+        What the denoiser's forward takes in addition.
     """
     found = None
-    for same in zip(*rows, strict=True):
-        steer, network = same[0].steer, model.controls[same[0].steer.control].network
-        hint = torch.cat([each.hint for each in same]).to(x)
-        more: dict[str, Any] = dict(inputs)
-        if isinstance(network, SD3ControlNet):
-            more["y"] = torch.zeros_like(inputs["y"])  # as they were trained
-        if isinstance(network, FluxControlNet):
-            more["mode"] = None if steer.mode is None else torch.full((len(x),), steer.mode, device=x.device)
-            if not network.shape.guidance:
-                more.pop("guidance", None)
-        elif steer.mode is not None:
-            raise BadInput(
-                f"mode {steer.mode} does nothing for {steer.control!r}, which knows one kind of picture"
-            )
-        answer = network(x, t, hint, **more)
-        if isinstance(network, ControlNet):
-            answer = scaled(answer, steer.weight, guess=steer.guess)
-        else:
-            answer = _times(answer, steer.weight)
-        found = answer if found is None else _plus(found, answer)
-    return found
+    with ExitStack() as stack:
+        for same in zip(*rows, strict=True):
+            steer, network = same[0].steer, model.controls[same[0].steer.control].network
+            seen = [torch.cat(parts).to(x) for parts in zip(*(each.seen for each in same), strict=True)]
+            if isinstance(network, T2IAdapter):
+                found_here = [each * steer.weight for each in seen]
+                stack.enter_context(with_features(model.denoiser, found_here, xl=network.shape.xl))
+            elif isinstance(network, IPAdapter):
+                prompt = stack.enter_context(with_image(model.denoiser, network))
+                prompt.tokens, prompt.scale = seen[0], steer.weight
+            else:
+                answer = _residuals(network, steer, seen[0], x, t, inputs)
+                found = answer if found is None else _plus(found, answer)
+        yield {} if found is None else {"residuals": found}
+
+
+def _residuals(
+    network: Any, steer: Steer, hint: Tensor, x: Tensor, t: Tensor, inputs: Mapping[str, Tensor]
+) -> Any:
+    """What a ControlNet adds, in the form that the denoiser takes it."""
+    more: dict[str, Any] = dict(inputs)
+    if isinstance(network, SD3ControlNet):
+        more["y"] = torch.zeros_like(inputs["y"])  # as they were trained
+    if isinstance(network, FluxControlNet):
+        more["mode"] = None if steer.mode is None else torch.full((len(x),), steer.mode, device=x.device)
+        if not network.shape.guidance:
+            more.pop("guidance", None)
+    elif steer.mode is not None:
+        raise BadInput(
+            f"mode {steer.mode} does nothing for {steer.control!r}, which knows one kind of picture"
+        )
+    answer = network(x, t, hint, **more)
+    if isinstance(network, ControlNet):
+        return scaled(answer, steer.weight, guess=steer.guess)
+    return _times(answer, steer.weight)
 
 
 def _times(tree: Any, weight: float) -> Any:

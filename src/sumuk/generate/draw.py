@@ -191,7 +191,10 @@ class _Conditions:
             self._steered["refiner"] = _Steered(other.family, Texts(other, settings, steps, base))
         self._image = _view(walk.model, request, walk.settings, walk.seed) if walk.coarse is None else None
         self._beside = channels(walk.model, request, width, height) if walk.coarse is None else None
-        self._steerings = steerings(walk.model, request, width, height) if walk.coarse is None else ()
+        self._steerings: dict[bool, tuple[Steering, ...]] = {
+            side: steerings(walk.model, request, width, height, side) if walk.coarse is None else ()
+            for side in (False, True)
+        }
         self._known: dict[tuple[Any, ...], Conditions] = {}
 
     def __call__(self, step: int) -> Conditions:
@@ -209,7 +212,7 @@ class _Conditions:
         if name != "denoiser":  # a control knows the residuals of one network
             return ()
         steps = len(self._grid) - 1
-        return tuple(each for each in self._steerings if each.acts(step, steps, negative))
+        return tuple(each for each in self._steerings[negative] if each.acts(step, steps))
 
     def _network(self, step: int) -> str:
         """Which network answers: the refiner for the last part of the noise's way (Podell et al. 2023, section 2.5)."""

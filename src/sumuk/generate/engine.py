@@ -24,7 +24,7 @@ from torch import Tensor
 from sumuk.base.errors import BadInput, Cancelled, SumukError, nearest
 from sumuk.diffusion.guidance import Row
 from sumuk.diffusion.sample import Moved
-from sumuk.generate.control import residuals
+from sumuk.generate.control import at_work
 from sumuk.generate.draw import Condition, draw, preview
 from sumuk.generate.pixels import keep_outside, to_image
 from sumuk.generate.receipt import make_receipt
@@ -180,11 +180,9 @@ class Engine:
         time_ = torch.tensor([row.level.time for row in rows], device=device, dtype=torch.float32)
         asked: Condition = rows[0].condition
         inputs = Condition.stack([row.condition for row in rows], device, dtype)
-        extra: dict[str, Any] = dict(asked.options)
-        if asked.steered:
-            steered = [row.condition.steered for row in rows]
-            extra["residuals"] = residuals(self.model, steered, x, time_, inputs)
-        output = self.model.network(asked.network)(wide, time_, **inputs, **extra)
+        steered = [row.condition.steered for row in rows]
+        with at_work(self.model, steered, x, time_, inputs) as extra:
+            output = self.model.network(asked.network)(wide, time_, **inputs, **extra, **dict(asked.options))
         # A network that also predicts a variance appends its channels; no solver here uses it.
         return list(output[:, : x.shape[1]].to("cpu", torch.float32).split(1))
 

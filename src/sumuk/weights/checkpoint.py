@@ -17,8 +17,9 @@ from torch import nn
 
 from sumuk.base.errors import BadFile, BadInput, MissingFile, nearest
 from sumuk.diffusion.prediction import PREDICTIONS
+from sumuk.families.cascade_parts import IMAGE
 from sumuk.families.detect import Match, Unknown, moved
-from sumuk.families.family import Family, Latent
+from sumuk.families.family import Family, Latent, Part
 from sumuk.files.tensors import Tensors, torch_dtype
 from sumuk.nets.tokens import ClipTokens
 from sumuk.weights import inspect, vocabulary
@@ -87,10 +88,11 @@ def load(
         )
     family = opened.family
     chosen = PREDICTIONS[prediction or opened.prediction().value]
-    supplied = _supplied(family, {"vae": vae, "text": text, **(parts or {})})
+    wanted_parts = _parts(family, parts or {})
+    supplied = _supplied(family, wanted_parts, {"vae": vae, "text": text, **(parts or {})})
     sources = (source, *(other.source for other in supplied.values()))
     plans: dict[str, tuple[nn.Module, Tensors]] = {}
-    for part in family.parts:
+    for part in wanted_parts:
         origin = supplied.get(part.name, opened)
         if not origin.has(part):
             if part.optional:
@@ -163,23 +165,29 @@ def _fitting(family: Family, latent: Latent, networks: Mapping[str, Any], where:
     return replace(latent, stride=vae.stride)
 
 
-def _supplied(family: Family, places: Mapping[str, Place | None]) -> dict[str, Opened]:
+def _parts(family: Family, given: Mapping[str, Place]) -> tuple[Part, ...]:
+    """The family's parts, and CLIP's image tower if it is given: IP-Adapters see with one that no family has."""
+    own = {part.name: part for part in family.parts}
+    guest = {IMAGE.name: IMAGE} if IMAGE.name in given else {}
+    return tuple({**guest, **own}.values())
+
+
+def _supplied(family: Family, parts: Sequence[Part], places: Mapping[str, Place | None]) -> dict[str, Opened]:
     """The files that supply parts, each read once."""
-    known = [part.name for part in family.parts]
+    known = {part.name: part for part in parts}
     opened: dict[str, Opened] = {}
     for name, place in places.items():
         if place is None:
             continue
         if name not in known:
             raise BadInput(f"{family.title} has no part {name!r}{nearest(name, known)}")
-        opened[name] = _supply(family, place, name)
+        opened[name] = _supply(family, place, known[name])
     return opened
 
 
-def _supply(family: Family, path: Place, name: str) -> Opened:
-    """Another file that holds the part ``name``, alone or among others."""
-    source = read(path)
-    part = next(part for part in family.parts if part.name == name)
+def _supply(family: Family, path: Place, part: Part) -> Opened:
+    """Another file that holds a part, alone or among others."""
+    source, name = read(path), part.name
     for arrangement in family.arrangements:
         if arrangement.name.startswith("bare"):
             # The part by itself: whatever else is named like it (two CLIP towers are) cannot be meant.

@@ -1,7 +1,7 @@
-"""ControlNets: loading one beside the model that it steers.
+"""ControlNets, T2I- and IP-Adapters: loading one beside the model that it steers.
 
-Most files are whole networks. Two kinds are changes to a copy of the model's own U-Net: differences that are added to
-it, and Control-LoRAs; both become a whole ControlNet here.
+Most ControlNet files are whole networks. Two kinds are changes to a copy of the model's own U-Net: differences that
+are added to it, and Control-LoRAs; both become a whole ControlNet here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ MADE = {CONTROL_LORA.key: control_lora, DIFFERENCE_KIND.key: from_difference}
 """Kinds that are changes to the model's own U-Net -> what makes a whole ControlNet of both."""
 
 
+GUESTS = ("controlnet", "t2i-adapter", "ip-adapter")
+"""Families of what attaches to a model's denoiser and is told a picture."""
+
+
 def load_control(path: Place, model: Model) -> Control:
-    """Load a ControlNet for a model, on its device and in its dtype.
+    """Load a ControlNet or a picture adapter for a model, on its device and in its dtype.
 
     Args:
         path: a ``.safetensors`` file or a folder.
@@ -34,13 +38,13 @@ def load_control(path: Place, model: Model) -> Control:
 
     Raises:
         MissingFile: nothing there.
-        BadFile: it is no ControlNet, is damaged, or was made for another model.
+        BadFile: it is none of them, is damaged, or was made for another model.
     """
     opened = inspect.recognise(read(path))
     answer = opened.answer
-    if not isinstance(answer, Match) or answer.family.name != "controlnet":
+    if not isinstance(answer, Match) or answer.family.name not in GUESTS:
         what = answer.family.title if isinstance(answer, Match) else f"unknown: {answer.why}"
-        raise BadFile(f"{path}: is no ControlNet but {what}", "control.kind")
+        raise BadFile(f"{path}: is no ControlNet and no picture adapter but {what}", "control.kind")
     refuse_leftovers(opened, ())
     kind, (part,) = answer.family, answer.family.parts
     tensors = opened.tensors(part.name)

@@ -10,118 +10,37 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from sumuk.base.errors import BadFile
 from sumuk.diffusion.schedule import Discrete, Schedule, zero_terminal_snr
 from sumuk.families.detect import Match, Unknown, detect
-from sumuk.families.family import Facts, Family, Latent, Part
-from sumuk.files.hashes import Hashes, Progress, hashes
-from sumuk.files.layout import Moved
-from sumuk.files.tensors import Tensors
+from sumuk.families.family import Facts, Family, Kind, Latent, Part
+from sumuk.families.lineage import EITHER, NON_COMMERCIAL, alike
+from sumuk.files.gaps import gaps
+from sumuk.files.layout import Moved, some
+from sumuk.files.tensors import Lazy, Tensors
+from sumuk.weights.found import Found, FoundPart, MissingPart, Told
 from sumuk.weights.source import Source, read
+
+__all__ = ["Found", "FoundPart", "MissingPart", "Opened", "Told", "describe", "open", "recognise"]
 
 SPELLINGS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "sample": "clean", "flow": "flow"}
 """Spellings of metadata and scheduler configurations -> names in the table of predictions."""
 
-PREDICTION_KEYS = ("modelspec.prediction_type", "ss_model_prediction_type")
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "ss_model_prediction_type")
+
+ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
+"""What ``modelspec.architecture`` says of the prediction, where nothing else does."""
+
+CONTRADICTS = "; but "
+"""Stands between two pieces of evidence that disagree."""
 
 BETAS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 """What a scheduler configuration says of the noise that the network was trained with."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """A value and how it is known.
-
-    Attributes:
-        value: the answer.
-        evidence: where it comes from.
-        sure: False where it is the family's default because the file says nothing.
-    """
-
-    value: str
-    evidence: str
-    sure: bool = True
-
-
-@dataclass(frozen=True)
-class FoundPart:
-    """A network that is there: what it is called, tensors, parameters, and how many tensors of each dtype."""
-
-    name: str
-    title: str
-    tensors: int
-    parameters: int
-    dtypes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class MissingPart:
-    """A network that is not there, and which file would supply it."""
-
-    name: str
-    title: str
-    supplier: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """The answer to "what is this file?".
-
-    Attributes:
-        path: the file or folder.
-        family: name of the family, None if unknown.
-        variant: which of its variants.
-        title: in words.
-        layout: how its tensors are named and put together.
-        parts: networks that are there.
-        missing: networks that are not.
-        prediction: what the denoiser predicts, with evidence.
-        zero_snr: whether its noise schedule is stretched to a terminal SNR of zero, with evidence.
-        ema: number of averaged weights (``model_ema.*``) that lie beside the plain ones.
-        latent: of the model; None if unknown.
-        licence: of the weights, with evidence.
-        resolution: pixels a side of its training images, with evidence.
-        metadata: texts of the header.
-        ignored: number of tensors that are known and of no use.
-        extra: names that no rule explains; load() refuses them.
-        incomplete: names that lack a companion.
-        unknown: why no family was recognised; None if one was.
-        notes: choices made among several files.
-        files: the weight files.
-    """
-
-    path: str
-    family: str | None = None
-    variant: str | None = None
-    title: str = ""
-    layout: str | None = None
-    parts: tuple[FoundPart, ...] = ()
-    missing: tuple[MissingPart, ...] = ()
-    prediction: Told | None = None
-    zero_snr: Told | None = None
-    ema: int = 0
-    latent: Latent | None = None
-    licence: Told | None = None
-    resolution: Told | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-    ignored: int = 0
-    extra: tuple[str, ...] = ()
-    incomplete: tuple[str, ...] = ()
-    unknown: str | None = None
-    notes: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        return asdict(self)
-
-    def hashes(self, progress: Progress | None = None) -> dict[str, Hashes]:
-        """SHA-256, AutoV2 and AutoV3 of each weight file; this reads them whole."""
-        return {file: hashes(file, progress) for file in self.files}
 
 
 @dataclass(frozen=True)
@@ -171,6 +90,9 @@ class Opened:
             said.append((self.scheduler["prediction_type"], "scheduler/scheduler_config.json"))
         if "v_pred" in self.source.tensors:
             said.append(("v", "marker tensor v_pred"))
+        architecture = metadata.get("modelspec.architecture", "")
+        if not said and architecture in ARCHITECTURES:
+            said.append((ARCHITECTURES[architecture], "metadata modelspec.architecture"))
         for value, where in said:
             if not isinstance(value, str) or value not in SPELLINGS:
                 known = f"not one of {', '.join(SPELLINGS)}"
@@ -181,7 +103,7 @@ class Opened:
             return Told(usual, evidence, sure=False)
         answers = [SPELLINGS[value] for value, _ in said]
         if len(set(answers)) > 1:
-            evidence = "; but ".join(f"{where} says {value}" for value, where in said)
+            evidence = CONTRADICTS.join(f"{where} says {value}" for value, where in said)
             return Told(answers[0], evidence, sure=False)
         return Told(answers[0], said[0][1])
 
@@ -302,46 +224,107 @@ def describe(opened: Opened) -> Found:
     answer, source = opened.answer, opened.source
     common: dict[str, Any] = {
         "path": str(source.path),
-        "parts": _parts(opened),
+        "parts": tuple(_parts(opened)),
         "metadata": source.metadata,
         "notes": source.notes,
         "files": tuple(map(str, source.files)),
         "layout": answer.arrangement.name if answer.arrangement else None,
         "ignored": len(answer.moved.ignored),
+        "alternatives": answer.near,
     }
     if isinstance(answer, Unknown):
         return Found(unknown=answer.why, **common)
     kind, moved = answer.family, answer.moved
+    lost, odd = gaps([name for names in moved.origin.values() for name in names])
+    lost += [name for _, names in moved.halves for name in names if name not in lost]
     common |= {
         "family": kind.name,
         "variant": kind.variant,
         "title": kind.title,
+        "missing": tuple(_missing(opened, kind)),
+        "details": _details(opened, kind),
+        "models": tuple(known.title for known in alike(kind.key)),
         "licence": opened.licence(),
-        "extra": tuple(moved.unknown),
-        "incomplete": tuple(name for there, _ in moved.halves for name in there),
+        "extra": (*moved.unknown, *odd),
+        "incomplete": tuple(lost),
     }
-    if not isinstance(kind, Family):
-        return Found(**common)
-    return Found(
-        missing=tuple(
-            MissingPart(part.name, part.title, part.supplier) for part in kind.parts if not opened.has(part)
-        ),
-        prediction=opened.prediction(),
-        zero_snr=opened.zero_snr(),
-        ema=sum(1 for name in source.tensors if name.startswith("model_ema.diffusion_model")),
-        latent=opened.latent(),
-        resolution=opened.resolution(),
-        **common,
-    )
+    if isinstance(kind, Family):
+        common |= {
+            "prediction": _prediction(opened),
+            "zero_snr": opened.zero_snr(),
+            "ema": sum(1 for name in source.tensors if name.startswith("model_ema.diffusion_model")),
+            "latent": opened.latent(),
+            "resolution": opened.resolution(),
+        }
+    found = Found(**common)
+    return replace(found, warnings=tuple(_warnings(found)))
 
 
-def _parts(opened: Opened) -> tuple[FoundPart, ...]:
+def _prediction(opened: Opened) -> Told:
+    """As the file says it. Where it does not, a flow is one by its network, and eps or v may be unknown."""
+    told, family = opened.prediction(), opened.family
+    if told.sure or CONTRADICTS in told.evidence:
+        return told
+    if family.prediction == "flow":
+        return Told("flow", f"{family.title} is a flow: its network is trained for nothing else")
+    if family.name in EITHER:
+        evidence = f"the file does not say, and its tensors fit eps and v; {family.title} usually predicts {told.value}"
+        return Told("unknown", evidence, sure=False, usual=told.value)
+    return told
+
+
+def _details(opened: Opened, kind: Kind) -> dict[str, str]:
+    """What is this kind's own."""
+    said: dict[str, str] = {}
+    if kind.tells is not None:
+        said |= kind.tells({name: tensor.shape for name, tensor in opened.moved.tensors.items()})
+    if not isinstance(kind, Family):  # a network's own folder says what its tensors do not
+        config = opened.source.config("config.json")
+        told = {key: config[key] for key in ("scaling_factor", "shift_factor") if config.get(key) is not None}
+        said |= {key: f"{value} (config.json)" for key, value in told.items()}
+    return said
+
+
+def _parts(opened: Opened) -> Iterator[FoundPart]:
     answer = opened.answer
     parts = answer.parts if isinstance(answer, Unknown) else answer.family.parts
-    found = []
     for part in parts:
         if opened.has(part):
-            own = opened.tensors(part.name).values()
-            dtypes = dict(Counter(tensor.dtype for tensor in own).most_common())
-            found.append(FoundPart(part.name, part.title, len(own), sum(t.parameters for t in own), dtypes))
-    return tuple(found)
+            yield _part(part.name, part.title, opened.tensors(part.name))
+    if isinstance(answer, Match) and not parts:
+        yield _part(answer.family.name, answer.family.title, opened.moved.tensors)
+
+
+def _part(name: str, title: str, own: Mapping[str, Lazy]) -> FoundPart:
+    dtypes = dict(Counter(tensor.dtype for tensor in own.values()).most_common())
+    return FoundPart(name, title, len(own), sum(tensor.parameters for tensor in own.values()), dtypes)
+
+
+def _missing(opened: Opened, kind: Kind) -> Iterator[MissingPart]:
+    for part in kind.parts:
+        if not opened.has(part):
+            yield MissingPart(part.name, part.title, part.supplier, part.optional)
+
+
+def _warnings(found: Found) -> Iterator[str]:
+    """What one should know before using it."""
+    if found.licence is not None:
+        said = found.licence.value.lower()
+        bound = next((text for name, text in NON_COMMERCIAL.items() if name.lower() == said), None)
+        if bound is None and re.search(r"non-?commercial|-nc(?:-|$)", said):
+            bound = "not for commercial use"
+        if bound is not None:
+            yield f"licence {found.licence.value}: {bound}"
+    if found.prediction is not None and found.prediction.value == "unknown":
+        yield f"what it predicts is unknown: load() takes {found.prediction.usual} unless prediction= says otherwise"
+    if found.prediction is not None and CONTRADICTS in found.prediction.evidence:
+        yield f"it contradicts itself: {found.prediction.evidence}"
+    needed = [part.name for part in found.missing if not part.optional]
+    if needed:
+        yield f"it is not whole: {', '.join(needed)} must come from another file"
+    if found.incomplete:
+        yield f"it lacks {len(found.incomplete)} tensors that it should have: {some(found.incomplete)}; load() refuses it"
+    if found.extra:
+        yield f"{len(found.extra)} tensors have no place in it: {some(found.extra)}; load() refuses it"
+    if any(dtype.startswith(("F8", "F4", "F6", "U8", "I8")) for part in found.parts for dtype in part.dtypes):
+        yield "some of its numbers are stored in 8 bits or fewer"

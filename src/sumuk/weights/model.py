@@ -67,7 +67,7 @@ class Words(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """A ControlNet beside a model.
+    """A ControlNet or a picture adapter beside a model.
 
     Attributes:
         kind: what it is.

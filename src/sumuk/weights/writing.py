@@ -49,10 +49,11 @@ def save(
     """
     arrangement = _arrangement(model.family, layout)
     native: Tensors = {}
-    for part, network in model.networks.items():
-        for name, value in network.state_dict().items():
+    for part in model.family.parts:
+        network = model.networks.get(part.name)
+        for name, value in network.state_dict().items() if network is not None else ():
             one = lazy(value)
-            native[f"{part}.{name}"] = one if dtype is None else one.cast(torch_dtype(dtype))
+            native[f"{part.name}.{name}"] = one if dtype is None else one.cast(torch_dtype(dtype))
     moved = arrangement.layout(native, backward=True).backward(native)
     moved.refuse_leftovers(str(path))
     texts = _texts(model, metadata or {})

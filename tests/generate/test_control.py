@@ -1,0 +1,216 @@
+"""ControlNets and picture adapters at work: loaded from their own files, and nothing lost or left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tests.generate.conftest import gap, one, refusal
+from torch import nn
+
+from sumuk.base.errors import BadFile, BadInput
+from sumuk.families.family import FAMILIES
+from sumuk.files.tensors import lazy, write
+from sumuk.generate.engine import Engine, Finished
+from sumuk.generate.replay import replay, request_of
+from sumuk.generate.request import make_request
+from sumuk.nets.adapters import T2IAdapter, T2IShape
+from sumuk.nets.clip_vision import ClipVision, ClipVisionShape
+from sumuk.nets.controlnet import ControlNet, ControlNetShape
+from sumuk.nets.ip_adapter import IPAdapter, IPShape
+from sumuk.weights.checkpoint import load
+from sumuk.weights.model import Control, Model
+
+
+def fill(network: nn.Module) -> nn.Module:
+    torch.manual_seed(3)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+    return network.eval().requires_grad_(False)
+
+
+def saved(network: nn.Module, path: Path, prefix: str = "", **more: torch.Tensor) -> Path:
+    state = {f"{prefix}{name}": lazy(value) for name, value in fill(network).state_dict().items()}
+    write(path, state | {name: lazy(value) for name, value in more.items()}, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, model: Model) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("controls")
+    ours = model.denoiser.shape
+    fields = {name: getattr(ours, name) for name in ours.__dataclass_fields__ if name != "out_channels"}
+    control = ControlNetShape(**fields, hint_channels=3, hint_widths=(8, 16, 16))
+    attentions = [m for name, m in model.denoiser.named_modules() if name.endswith("attn2")]
+    blocks = (*model.denoiser.input_blocks, *model.denoiser.output_blocks, model.denoiser.middle_block)
+    widths = tuple(m.to_q.in_features for b in blocks for n, m in b.named_modules() if n.endswith("attn2"))
+    assert len(widths) == len(attentions)
+    ip = IPShape(kind="image", image_dim=24, context_dim=ours.context_dim, tokens=4, widths=widths)
+    see = ClipVisionShape(width=64, depth=2, hidden=64, patch=32, side=7, projection=24, heads=1)
+    return {
+        "control": saved(ControlNet(control), folder / "control.safetensors", "control_model."),
+        "ip": saved(IPAdapter(ip), folder / "ip.safetensors"),
+        "image": saved(ClipVision(see), folder / "vision.safetensors"),
+    }
+
+
+@pytest.fixture(scope="module")
+def steered(model_file: Path, files: dict[str, Path]) -> Model:
+    return load(
+        model_file, controls={"edges": files["control"], "face": files["ip"]}, parts={"image": files["image"]}
+    )
+
+
+@pytest.fixture(scope="module")
+def edges() -> Image.Image:
+    picture = Image.new("RGB", (64, 64))
+    picture.paste("white", (16, 16, 40, 48))
+    return picture
+
+
+def steer(control: str, hint: Image.Image, **more: Any) -> dict[str, Any]:
+    return {"steer": [{"control": control, "hint": hint, **more}]}
+
+
+def test_a_control_changes_the_picture_and_follows_its_own(steered: Model, edges: Image.Image):
+    plain = one(steered, steps=4)
+    drawn = one(steered, steps=4, **steer("edges", edges))
+    other = one(steered, steps=4, **steer("edges", edges.rotate(90)))
+    assert gap(drawn, plain) > 0 and gap(drawn, other) > 0
+    assert gap(drawn, one(steered, steps=4, **steer("edges", edges, weight=0.5))) > 0
+    assert gap(drawn, one(steered, steps=4, **steer("edges", edges, guess=True))) > 0
+
+
+def test_without_steering_the_bits_are_those_of_the_model_alone(steered: Model, model: Model):
+    assert gap(one(steered, steps=4), one(model, steps=4)) == 0
+
+
+def test_what_the_denoiser_is_told(steered: Model, edges: Image.Image):
+    """The residuals that reach the U-Net are the ControlNet's own, times the weight, on both sides of guidance."""
+    seen: list[Any] = []
+    hook = steered.denoiser.register_forward_hook(
+        lambda _, inputs, kept, output: seen.append((inputs, kept)), with_kwargs=True
+    )
+    try:
+        one(steered, prompt="a fox", steps=1, **steer("edges", edges, weight=0.5))
+    finally:
+        hook.remove()
+    assert len(seen) == 2
+    hint = torch.zeros(1, 3, 64, 64)
+    hint[..., 16:48, 16:40] = 1.0
+    for (x, t), kept in seen:
+        outputs, middle = steered.controls["edges"].network(x, t, hint, kept["context"])
+        mine, own = kept["residuals"]
+        assert torch.allclose(own, 0.5 * middle) and len(mine) == len(outputs)
+        assert all(torch.allclose(a, 0.5 * b) for a, b in zip(mine, outputs, strict=True))
+
+
+def test_a_window_of_steps(steered: Model, edges: Image.Image):
+    counts: list[bool] = []
+    hook = steered.denoiser.register_forward_hook(
+        lambda _, inputs, kept, output: counts.append("residuals" in kept), with_kwargs=True
+    )
+    try:
+        one(steered, steps=4, guidance=1, **steer("edges", edges, start=0.25, end=0.75))
+    finally:
+        hook.remove()
+    assert counts == [False, True, True, False]
+
+
+def test_guess_mode_leaves_the_other_side_alone(steered: Model, edges: Image.Image):
+    counts: list[bool] = []
+    hook = steered.denoiser.register_forward_hook(
+        lambda _, inputs, kept, output: counts.append("residuals" in kept), with_kwargs=True
+    )
+    try:
+        one(steered, prompt="a fox", steps=1, guidance=4, **steer("edges", edges, guess=True))
+    finally:
+        hook.remove()
+    assert sorted(counts) == [False, True]
+
+
+def test_two_at_once_are_added(steered: Model, edges: Image.Image):
+    twice = one(steered, steps=3, steer=[{"control": "edges", "hint": edges, "weight": 0.5}] * 2)
+    assert gap(twice, one(steered, steps=3, **steer("edges", edges))) <= 1
+
+
+def test_an_image_adapter_attaches_for_the_forward_only(steered: Model, edges: Image.Image):
+    before = {name: id(module) for name, module in steered.denoiser.named_modules()}
+    plain = one(steered, steps=3)
+    drawn = one(steered, steps=3, **steer("face", edges))
+    assert gap(drawn, plain) > 0
+    assert gap(drawn, one(steered, steps=3, **steer("face", edges.rotate(90)))) > 0
+    assert {name: id(module) for name, module in steered.denoiser.named_modules()} == before
+    assert gap(one(steered, steps=3), plain) == 0
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_unlike_requests_together_are_as_each_alone(steered: Model, edges: Image.Image, mode: str):
+    asked = [
+        {"seed": 1},
+        {"seed": 2, **steer("edges", edges)},
+        {"seed": 3, **steer("edges", edges.rotate(90))},
+        {"seed": 4, **steer("face", edges)},
+        {"seed": 5, **steer("edges", edges, guess=True, end=0.5)},
+    ]
+    engine = Engine(steered, mode=mode)  # type: ignore[arg-type]
+    jobs = [engine.submit(make_request(steps=4, **values)) for values in asked]
+    drawn = {event.job: event.picture for event in engine.events() if isinstance(event, Finished)}
+    for job, values in zip(jobs, asked, strict=True):
+        assert gap(drawn[job], one(steered, steps=4, **values)) <= (0 if mode == "exact" else 1)
+
+
+def test_a_replay_needs_the_same_picture(steered: Model, edges: Image.Image):
+    engine = Engine(steered)
+    engine.submit(make_request(steps=2, seed=1, **steer("edges", edges)))
+    (finished,) = [event for event in engine.events() if isinstance(event, Finished)]
+    files = {each["name"] for each in finished.receipt["model"]["files"]}
+    assert "control.safetensors" in files and "ip.safetensors" in files
+    with pytest.raises(BadInput, match="steer-1"):
+        request_of(finished.receipt, {})
+    request = request_of(finished.receipt, {"steer-1": edges})
+    assert replay(finished.picture, finished.receipt, steered, request).kind == "identical"
+
+
+def test_refusals(steered: Model, model: Model, model_file: Path, files: dict[str, Path], edges: Image.Image):
+    assert "did you mean 'edges'" in refusal(lambda: one(steered, **steer("edge", edges)))
+    assert "loaded without a control" in refusal(lambda: one(model, **steer("edges", edges)))
+    assert "is not before end" in refusal(lambda: make_request(**steer("edges", edges, start=0.5, end=0.5)))
+    assert "no step of 2" in refusal(
+        lambda: one(steered, steps=2, **steer("edges", edges, start=0.6, end=0.7))
+    )
+    assert "knows one kind of picture" in refusal(
+        lambda: one(steered, steps=1, **steer("edges", edges, mode=1))
+    )
+    with pytest.raises(BadFile, match="is no ControlNet"):
+        load(model_file, controls={"edges": model_file})
+    blind = replace(steered, networks={k: v for k, v in steered.networks.items() if k != "image"})
+    assert "image tower" in refusal(lambda: one(blind, steps=1, **steer("face", edges)))
+
+
+def test_a_control_of_another_model_is_refused(tmp_path: Path, model_file: Path, model: Model):
+    ours = model.denoiser.shape
+    fields = {name: getattr(ours, name) for name in ours.__dataclass_fields__ if name != "out_channels"}
+    other = ControlNetShape(**fields | {"context_dim": 96}, hint_channels=3, hint_widths=(8, 16, 16))
+    path = saved(ControlNet(other), tmp_path / "other.safetensors", "control_model.")
+    with pytest.raises(BadFile, match="context_dim 96"):
+        load(model_file, controls={"edges": path})
+
+
+def test_a_t2i_adapter_adds_its_features(model: Model, edges: Image.Image):
+    network = fill(T2IAdapter(T2IShape(widths=(32, 64), factor=4)))
+    guest = Control(kind=FAMILIES["t2i-adapter"], network=network)
+    steered = replace(model, controls={"sketch": guest})
+    plain, drawn = one(steered, steps=3), one(steered, steps=3, **steer("sketch", edges))
+    assert gap(drawn, plain) > 0 and gap(one(steered, steps=3), plain) == 0
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(model: Model) -> Iterator[None]:
+    yield
+    assert not any(module._forward_hooks for module in model.denoiser.modules())
