@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sumuk.base.errors import BadInput
 from sumuk.diffusion.grid import make_grid
-from sumuk.diffusion.guidance import Cfg, Conditions, Guidance, Plain, Row, guided
+from sumuk.diffusion.guidance import Cfg, Conditions, Guidance, Plain, Row, SkipLayers, guided
 from sumuk.diffusion.noise import ImageNoise
 from sumuk.diffusion.prediction import PREDICTIONS
 from sumuk.diffusion.sample import Moved, drive, sample
@@ -92,6 +92,33 @@ def test_rescaling_leaves_a_flat_output():
     flat = torch.zeros(SHAPE)
     _, out = mixed(Cfg(3.0, rescale=0.7), Conditions((("p", 1.0),), "n"), {"n": flat, "p": flat + 2})
     assert torch.equal(out, flat + 6)
+
+
+def test_guidance_on_the_first_channels_only():
+    """DiT: the others are what the network says of the prompt (Peebles & Xie 2023, their sampler)."""
+    negative, positive = outputs(1, 2)
+    answers = {"n": negative, "p": positive}
+    _, out = mixed(Cfg(4.0, channels=3), Conditions((("p", 1.0),), "n"), answers)
+    assert torch.allclose(out[:, :3], (negative + 4.0 * (positive - negative))[:, :3])
+    assert torch.allclose(out[:, 3:], positive[:, 3:])
+    _, all_ = mixed(Cfg(4.0, channels=4), Conditions((("p", 1.0),), "n"), answers)
+    assert torch.equal(all_, mixed(Cfg(4.0), Conditions((("p", 1.0),), "n"), answers)[1])
+
+
+@pytest.mark.parametrize("guidance", [Cfg(5.0), Plain()])
+def test_layers_are_skipped_in_their_window_only(guidance: Cfg | Plain):
+    negative, positive, weak = outputs(1, 2, 3)
+    answers = {"n": negative, "p": positive, "w": weak}
+    given = Conditions((("p", 1.0),), "n", "w")
+    usual_asked, usual = mixed(guidance, given, answers)
+    skipping = SkipLayers(guidance, scale=2.5, start=0.01, end=0.2)
+    for progress in (0.0, 0.01, 0.2, 0.5):
+        asked, out = mixed(skipping, given, answers, progress)
+        assert asked == usual_asked and torch.equal(out, usual)
+    asked, out = mixed(skipping, given, answers, 0.1)
+    assert asked == [*usual_asked, "w"] and torch.allclose(out, usual + 2.5 * (positive - weak))
+    plain = Conditions((("p", 1.0),), "n")
+    assert torch.equal(mixed(skipping, plain, answers, 0.1)[1], usual)
 
 
 def test_composition_is_weighted_differences_from_the_negative():

@@ -68,7 +68,8 @@ def test_every_field_has_a_reason_to_be_here():
     """When a field is added, say below (or above) when it would do nothing, then name it here."""
     assert set(Request.model_fields) == {
         "prompt", "negative", "width", "height", "steps", "solver", "grid", "eta", "guidance", "rescale",
-        "guidance_start", "guidance_end", "seed", "variation_seed", "variation", "count", "clip_skip", "label",
+        "guidance_start", "guidance_end", "skip_layers", "skip_scale", "skip_start", "skip_end",
+        "seed", "variation_seed", "variation", "count", "clip_skip", "label",
         "original", "crop", "decoder_steps", "decoder_guidance", "refiner_start", "hint", "like", "noise_level",
         "steer", "init", "strength", "mask", "mask_blur", "hires", "preview",
     }  # fmt: skip

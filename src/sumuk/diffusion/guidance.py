@@ -49,10 +49,12 @@ class Conditions:
     Attributes:
         positive: what to draw, each with its weight; more than one is composition (``AND``).
         negative: what to draw away from, usually the empty or the negative prompt.
+        weakened: the first positive one asked of a network that leaves layers out, see :class:`SkipLayers`.
     """
 
     positive: tuple[tuple[Any, float], ...]
     negative: Any | None = None
+    weakened: Any | None = None
 
     def __post_init__(self) -> None:
         if not self.positive:
@@ -94,6 +96,39 @@ class Plain:
         if len(outputs) == 1:
             return outputs[0]
         return _weighted(outputs, [weight / total for _, weight in given.positive])
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Guidance away from what the network says without some of its layers; added to another guidance.
+
+        out = guidance(...) + scale (positive - weakened)
+
+    As Stable Diffusion 3.5 medium is drawn (Stability AI 2024; after Hong et al. 2023, perturbed attention).
+
+    Attributes:
+        guidance: the other one.
+        scale: factor.
+        start, end: the part of the steps that it acts in, both ends left out.
+    """
+
+    guidance: Cfg | Plain
+    scale: float
+    start: float = 0.01
+    end: float = 0.2
+
+    def mix(self, given: Conditions, progress: float) -> Mix:
+        if given.weakened is None or not self.start < progress < self.end:
+            return (yield from self.guidance.mix(given, progress))
+        inner = self.guidance.mix(given, progress)
+        asked = next(inner)
+        *outputs, weak = yield [*asked, given.weakened]
+        first = next(index for index, each in enumerate(asked) if each is given.positive[0][0])
+        try:
+            inner.send(outputs)
+        except StopIteration as stop:
+            return stop.value + self.scale * (outputs[first] - weak)
+        raise AssertionError("a guidance that asks twice cannot be weakened")
 
 
 @dataclass(frozen=True)

@@ -381,6 +381,7 @@ MEDIUM = Family(
     readings=READINGS,
     condition=_condition,
     guidance="classifier-free",
+    takes=("skip_layers",),
     # "normal" is the published spacing: even times, of which the last is shifted twice.
     defaults=Defaults(size=1024, steps=28, guidance=7.0, solver="euler", grid="normal"),
     licence="Stability-AI-Community",

@@ -7,7 +7,7 @@ and the second pass at a larger size are all the same walk down a grid, begun at
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -205,8 +205,13 @@ class _Conditions:
         if key not in self._known:
             wanted, negative = texts.at(key[1])
             positive = tuple((self._condition(name, said, False, here), weight) for said, weight in wanted)
-            self._known = {key: Conditions(positive, self._condition(name, negative, True, there))}
+            away = self._condition(name, negative, True, there)
+            self._known = {key: Conditions(positive, away, self._weakened(positive[0][0]))}
         return self._known[key]
+
+    def _weakened(self, condition: Condition) -> Condition | None:
+        layers = self._walk.settings.request.skip_layers
+        return replace(condition, options=(("skip_layers", layers),)) if layers else None
 
     def _acting(self, name: str, step: int, negative: bool) -> tuple[Steering, ...]:
         if name != "denoiser":  # a control knows the residuals of one network

@@ -13,7 +13,7 @@ from typing import Any
 
 from sumuk.base.errors import BadInput, nearest
 from sumuk.diffusion.grid import GRIDS, make_grid, part
-from sumuk.diffusion.guidance import Cfg, Guidance, Plain
+from sumuk.diffusion.guidance import Cfg, Guidance, Plain, SkipLayers
 from sumuk.diffusion.solver import Solver
 from sumuk.diffusion.solvers import SOLVERS, Listing
 from sumuk.generate.prompt import Prompt, parse
@@ -63,6 +63,12 @@ class Settings:
     @property
     def guidance(self) -> Guidance:
         """How the rows of an ask are combined."""
+        wanted, usual = self.request, self._usual_guidance()
+        if not wanted.skip_layers:
+            return usual
+        return SkipLayers(usual, wanted.skip_scale, wanted.skip_start, wanted.skip_end)
+
+    def _usual_guidance(self) -> Cfg | Plain:
         wanted = self.request
         if self.guidance_scale == 1.0 or self.kind != "classifier-free":
             return Plain()
@@ -177,6 +183,16 @@ def _check_model(request: Request, model: Model) -> None:
     for field in ("label", "hint", "like", "noise_level"):
         if getattr(request, field) is not None and field not in taken | set(family.takes):
             raise BadInput(f"{field} does nothing for {name}; leave it out")
+    if request.skip_layers:
+        if "skip_layers" not in family.takes:
+            raise BadInput(f"skip_layers does nothing for {name}, whose network cannot leave layers out")
+        if (far := max(request.skip_layers)) >= (depth := model.denoiser.shape.depth):
+            raise BadInput(f"skip_layers {far} is not one of the {depth} layers 0 to {depth - 1}")
+        steps = request.steps or model.defaults.steps
+        if not any(request.skip_start < i / steps < request.skip_end for i in range(steps)):
+            raise BadInput(
+                f"no step of {steps} lies between skip_start {request.skip_start:g} and skip_end {request.skip_end:g}"
+            )
     for field in ("decoder_steps", "decoder_guidance"):
         if getattr(request, field) is not None and len(model.stages) == 1:
             raise BadInput(f"{field} does nothing for {name}, which draws in one stage; leave it out")
