@@ -34,7 +34,7 @@ def test_batches_are_the_pictures_or_their_mirrors(pictures: Path):
     assert len(recipe.pixels) == 8, "held-out pictures are not seen"
     mirrored = 0
     for images in range(0, 48, 4):
-        batch = recipe.batch(images, 4, seeded(0, images))
+        batch = recipe.batch(images, 4, seeded(0, images)).pixels
         plain = to_signed(recipe.pixels[recipe.order.batch(images, 4)])
         for each, source in zip(batch, plain, strict=True):
             assert torch.equal(each, source) or torch.equal(each, source.flip(-1))
@@ -45,10 +45,10 @@ def test_batches_are_the_pictures_or_their_mirrors(pictures: Path):
 
 def test_crops_come_first(pictures: Path):
     recipe = training(pictures, crop=8, crop_until=20)
-    assert recipe.batch(16, 4, seeded(0, 16)).shape == (4, 3, 8, 8)
-    assert recipe.batch(20, 4, seeded(0, 20)).shape == (4, 3, SIZE, SIZE)
+    assert recipe.batch(16, 4, seeded(0, 16)).pixels.shape == (4, 3, 8, 8)
+    assert recipe.batch(20, 4, seeded(0, 20)).pixels.shape == (4, 3, SIZE, SIZE)
     source = to_signed(recipe.pixels[recipe.order.batch(0, 1)])[0]
-    (crop,) = recipe.batch(0, 1, seeded(0, 0))
+    (crop,) = recipe.batch(0, 1, seeded(0, 0)).pixels
     places = [(y, x) for y in range(9) for x in range(9)]
     cut = [source[:, y : y + 8, x : x + 8] for y, x in places]
     assert any(torch.equal(crop, each) or torch.equal(crop, each.flip(-1)) for each in cut)
@@ -76,8 +76,9 @@ def test_edge_distance():
 def test_the_loss_is_the_sum_that_is_written(pictures: Path):
     recipe = training(pictures, kl=0.25, edges=2.0)
     recipe.vae.requires_grad_(False)
-    batch = recipe.batch(0, 4, seeded(0, 0))
-    loss, figures = recipe.loss(batch, seeded(0, 1))
+    given = recipe.batch(0, 4, seeded(0, 0))
+    loss, figures = recipe.loss(given, seeded(0, 1))
+    batch = given.pixels
     moments = recipe.vae.encode(batch)
     noise = torch.randn(moments.mean.shape, generator=seeded(0, 1))
     drawn = recipe.vae.decode(moments.mean + (0.5 * moments.log_variance).exp() * noise)
@@ -171,3 +172,39 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures: Path, tmp_path: Path)
     with pytest.raises(Diverged, match="loss nan and gradient norm nan after 4 images"):
         next(ticks)
     assert all(torch.equal(value, kept[name]) for name, value in recipe.modules["vae"].state_dict().items())
+
+
+def test_a_decoder_alone_leaves_the_latents_as_they_are(pictures: Path, tmp_path: Path):
+    """What other models were trained on is the encoder's; it must not move by a bit, on export either."""
+    first = training(pictures)
+    first.export(tmp_path / "first.safetensors")
+    recipe = training(pictures, decoder_of=str(tmp_path / "first.safetensors"), latent_noise=0.1)
+    before = {name: value.clone() for name, value in recipe.vae.state_dict().items()}
+    config = vae_config(
+        pictures, tmp_path / "out", images=32, recipe={"decoder_of": str(tmp_path / "first.safetensors")}
+    )
+    state = begin(config, recipe)
+    assert len(list(train(config, recipe, state))) == 8
+    recipe.export(tmp_path / "second.safetensors")
+    after = load_file(tmp_path / "second.safetensors")
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved and all(name.startswith("decoder.") for name in moved)
+
+
+def test_a_decoder_looks_through_noise_at_the_encoders_latents(pictures: Path, tmp_path: Path):
+    training(pictures).export(tmp_path / "first.safetensors")
+    start = str(tmp_path / "first.safetensors")
+    clean = training(pictures, decoder_of=start, crop=None)
+    batch = clean.batch(0, 4, seeded(0, 0))
+    assert batch.latents is not None
+    with torch.no_grad():
+        seen = clean.vae.encode(batch.pixels).mode()
+        assert torch.allclose(batch.latents, seen, atol=1e-5), "mirrored pictures have their own latents"
+        drawn = clean.vae.decode(batch.latents)
+        plain = (batch.pixels - drawn).abs().mean() + 0.5 * edge_distance(batch.pixels, drawn)
+        assert float(clean.loss(batch, seeded(0, 1))[0]) == pytest.approx(float(plain), rel=1e-4)
+        noisy = training(pictures, decoder_of=start, latent_noise=0.5)
+        unit = torch.randn(seen.shape, generator=seeded(0, 1))
+        drawn = noisy.vae.decode(batch.latents + 0.5 / 0.18215 * unit)
+        plain = (batch.pixels - drawn).abs().mean() + 0.5 * edge_distance(batch.pixels, drawn)
+        assert float(noisy.loss(batch, seeded(0, 1))[0]) == pytest.approx(float(plain), rel=1e-4)

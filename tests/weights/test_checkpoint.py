@@ -371,3 +371,13 @@ def test_saving_refuses_what_it_cannot_do(model: Model, folder: Path, tmp_path: 
     (tmp_path / "empty/model.ckpt").write_bytes(b"PK")
     with pytest.raises(MissingFile, match=r"pickle 'model.ckpt'"):
         load(tmp_path / "empty")
+
+
+def test_a_folder_that_asks_for_other_arithmetic_is_refused(model: Model, tmp_path: Path) -> None:
+    """The same tensors with other heads draw another picture, and nothing but the configuration tells."""
+    save(model, tmp_path / "folder", layout="diffusers")
+    path = tmp_path / "folder" / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"attention_head_dim": 4}))
+    with pytest.raises(BadFile, match=r"unet/config\.json says attention_head_dim 4; the U-Net here has 8"):
+        load(tmp_path / "folder")

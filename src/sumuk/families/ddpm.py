@@ -117,6 +117,16 @@ UNET = Part(
     supplier="any DDPM pixel model, or unet/ of its diffusers folder",
     build=_build,
     config=_config,
+    # The diffusers library's own defaults differ in all of these, and change no tensor.
+    fixed=(
+        "attention_head_dim",
+        "downsample_padding",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "norm_eps",
+        "norm_num_groups",
+        "time_embedding_type",
+    ),
 )
 
 SINGLE = Arrangement(

@@ -126,6 +126,7 @@ UNET = Part(
     supplier="any SD 1.x checkpoint, or unet/ of its diffusers folder",
     build=_unet,
     config=_unet_config,
+    fixed=("attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups"),
 )
 VAE_NAMES = (
     "encoder.conv_in.*", "encoder.down.*", "encoder.mid.*", "encoder.norm_out.*", "encoder.conv_out.*",

@@ -70,6 +70,11 @@ class VaeRecipe(Frozen):
     crop: int | None = Field(default=None, multiple_of=8)
     """Side of the random crops that the first ``crop_until`` images are cut to: many cheap steps first."""
     crop_until: int = Field(default=0, ge=0)
+    decoder_of: Path | None = None
+    """An autoencoder whose decoder alone learns on: its latents, and all models on them, stay as they are. Its shape
+    is that file's."""
+    latent_noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of noise on latents of deviation 1 that such a decoder shall look through."""
 
 
 class TextToImageRecipe(Frozen):

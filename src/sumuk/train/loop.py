@@ -68,6 +68,9 @@ class Diverged(SumukError):
 def fingerprint(config: TrainConfig) -> str:
     """What must stay equal for a resumed run to be the same run: all but its length, cadence, places and labels."""
     labels = {"start", "title", "licence", "guidance", "sheet_prompts"}  # start: a save has its own weights
+    # Settings that came after the first saves: left at what was done before there were any, they change nothing.
+    later = {"decoder_of": None, "latent_noise": 0.0}
+    labels |= {name for name, usual in later.items() if getattr(config.recipe, name, usual) == usual}
     fixed = config.model_dump_json(
         exclude={"images": True, "every": True, "out": True, "data": {"root"}, "recipe": labels}
     )

@@ -48,6 +48,11 @@ def save(
         BadFile: writing failed; what was there before is as it was.
     """
     arrangement = _arrangement(model.family, layout)
+    if homeless := sorted(model.networks.keys() - {part.name for part, _ in arrangement.parts}):
+        raise BadInput(
+            f"{arrangement.title} has no place for the {', '.join(homeless)} of {model.family.title}; save them as "
+            "a single file, or leave them out of the model's networks"
+        )
     native: Tensors = {}
     for part in model.family.parts:
         network = model.networks.get(part.name)
@@ -73,7 +78,8 @@ def _arrangement(family: Family, name: str) -> Arrangement:
 def _texts(model: Model, metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a file: what the model had, what the caller adds, and what the model is."""
     facts = model.facts
-    kept = {key: text for key, text in model.metadata.items() if not key.startswith("sumuk.")}
+    anew = (vocabulary.META, "sumuk.latent_")  # said below as the model has it now
+    kept = {key: text for key, text in model.metadata.items() if not key.startswith(anew)}
     said = {
         "format": "pt",
         "modelspec.sai_model_spec": MODELSPEC,
