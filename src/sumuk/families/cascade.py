@@ -86,6 +86,8 @@ DIFFUSERS_C = Arrangement(
         (IMAGE, "image_encoder/"),
         (DECODER, "decoder/"),  # of the second published folder, for those who lay both together
         (STAGE_A, "vqgan/"),
+        (EFFNET, "effnet/"),  # Sumuk's own places: nobody publishes these two in folders
+        (PREVIEWER, "previewer/"),
     ),
     ignored=(*SMALL, *FOLDER_TEXT, ignore("image_encoder/vision_model.embeddings.position_ids")),
 )

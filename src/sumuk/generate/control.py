@@ -76,7 +76,9 @@ def _tokens(model: Model, steer: Steer, width: int, height: int, negative: bool)
             f"{steer.control!r} sees a picture through CLIP's image tower; give that to load() as "
             'parts={"image": FILE}, for SD 1.x image_encoder/model.safetensors of the IP-Adapter repository'
         )
-    pixels = clip_pixels(to_pixels(steer.hint, *steer.hint.size)).to(next(tower.parameters()))
+    pixels = clip_pixels(to_pixels(steer.hint, *steer.hint.size), tower.shape.size).to(
+        next(tower.parameters())
+    )
     plain = network.shape.kind == "image"
     if negative and not plain:
         pixels = torch.zeros_like(pixels)

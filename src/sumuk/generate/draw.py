@@ -94,8 +94,8 @@ def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | 
         steps = hires.steps or settings.steps
         latent = yield from walk(*size, larger, hires.strength, steps, base=settings.walked)
     for stage in later:
-        # Another place in the stream of seeds: the same noise at two sizes would be no fresh noise.
-        walk = _Walk(model, settings, stage, (walk.seed + 2**63) % 2**64, coarse=latent)
+        # Another seed, also in the low 32 bits that count: the same noise at two sizes would be no fresh noise.
+        walk = _Walk(model, settings, stage, (walk.seed + 2**31) % 2**64, coarse=latent)
         latent = yield from walk(*size, None, 1.0, settings.decoder_steps or stage.family.defaults.steps)
     return decode(model, latent)
 
@@ -258,10 +258,12 @@ def _view(model: Model, request: Request, settings: Settings, seed: int) -> Tens
             'give it to load() as parts={"image": FILE}'
         )
     pixels = to_pixels(request.like, *request.like.size)
-    seen = tower(clip_pixels(pixels).to(next(tower.parameters()))).projected.to("cpu", torch.float32)
+    seen = tower(clip_pixels(pixels, tower.shape.size).to(next(tower.parameters()))).projected.to(
+        "cpu", torch.float32
+    )
     if model.family.view is None:
         return seen
-    noise = ImageNoise((seed + 2**62) % 2**64, tuple(seen.shape)).initial()  # not the picture's own noise
+    noise = ImageNoise((seed + 2**30) % 2**64, tuple(seen.shape)).initial()  # not the picture's own noise
     return model.family.view(seen, settings.noise_level or 0, noise, model.networks.get("statistics"))
 
 

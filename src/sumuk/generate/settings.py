@@ -203,10 +203,10 @@ def _check_model(request: Request, model: Model) -> None:
     for field in ("original", "crop"):
         if getattr(request, field) is not None and "sizes" not in family.takes:
             raise BadInput(f"{field} does nothing for {name}, which is not told sizes; leave it out")
-    if request.label is not None and not 0 <= request.label < model.denoiser.shape.classes:
-        raise BadInput(
-            f"label {request.label} is not one of the classes 0 to {model.denoiser.shape.classes - 1}"
-        )
+    if request.label is not None and request.label >= (classes := model.denoiser.shape.null):
+        raise BadInput(f"label {request.label} is not one of the classes 0 to {classes - 1}")
+    if "low" in family.beside and request.strength != Request.model_fields["strength"].default:
+        raise BadInput(f"strength does nothing for {name}, which draws its picture anew; leave it out")
     for each in request.steer:
         if each.control not in model.controls:
             hint = nearest(each.control, model.controls)
@@ -225,7 +225,8 @@ def _check_model(request: Request, model: Model) -> None:
 def _walks(request: Request, model: Model, grid: str, steps: int) -> list[int]:
     """How many steps each pass takes."""
     first = make_grid(grid, model.schedule, steps)  # how many levels there are does not depend on the size
-    walks = [first if request.init is None else part(first, request.strength)]
+    whole = request.init is None or "low" in model.family.beside
+    walks = [first if whole else part(first, request.strength)]
     if request.hires is not None:
         second = make_grid(grid, model.schedule, request.hires.steps or steps)
         walks.append(part(second, request.hires.strength))
@@ -278,7 +279,7 @@ def _size(request: Request, model: Model) -> tuple[int, int]:
 
 def _step(model: Model) -> int:
     """Pixels that both sides of a picture are a multiple of: of 8, of whole latent cells, of whole patches."""
-    stride = Fraction(model.latent.stride).limit_denominator(100)  # Cascade's is 128 / 3
+    stride = Fraction(model.latent.stride).limit_denominator(10)  # Cascade's 42.67 is 128 / 3
     return math.lcm(8, stride.numerator * getattr(model.denoiser.shape, "patch", 1))
 
 

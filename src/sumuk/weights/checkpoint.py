@@ -87,6 +87,12 @@ def load(
             f"{path}: is {title}, which does not draw by itself; load a model with it", "model.kind"
         )
     family = opened.family
+    if "denoiser" not in (part.name for part in family.parts):
+        raise BadFile(
+            f"{path}: is {family.title}, which goes on from another model's latents; load that one with it, as "
+            f"parts={{{family.parts[0].name!r}: {str(path)!r}}}",
+            "model.kind",
+        )
     chosen = PREDICTIONS[prediction or opened.prediction().value]
     wanted_parts = _parts(family, parts or {})
     supplied = _supplied(family, wanted_parts, {"vae": vae, "text": text, **(parts or {})})

@@ -1,7 +1,7 @@
 """What one forward of a network costs, counted on the ``meta`` device: no numbers, no memory, no weights needed.
 
 A multiply-add is two operations. Matrix products, convolutions and attention are counted; norms, activations and sums
-are not, which are below one in a hundred. One forward is one row: guidance asks for two of them a step.
+are not. One forward is one row: classifier-free guidance asks for two of them a step.
 
 Some papers count multiply-adds and call them FLOPs; their figures are half of these (DiT, for one).
 """
