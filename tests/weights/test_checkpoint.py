@@ -381,3 +381,26 @@ def test_a_folder_that_asks_for_other_arithmetic_is_refused(model: Model, tmp_pa
     path.write_text(json.dumps(config | {"attention_head_dim": 4}))
     with pytest.raises(BadFile, match=r"unet/config\.json says attention_head_dim 4; the U-Net here has 8"):
         load(tmp_path / "folder")
+
+
+def test_words_in_the_one_file_that_transformers_5_writes(model: Model, tmp_path: Path) -> None:
+    save(model, tmp_path / "folder", layout="diffusers")
+    folder = tmp_path / "folder" / "tokenizer"
+    words = json.loads((folder / "vocab.json").read_text("utf-8"))
+    merges = [line.split(" ") for line in (folder / "merges.txt").read_text("utf-8").split("\n")[1:] if line]
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+    document = {"model": {"type": "BPE", "vocab": words, "merges": merges}}
+    (folder / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    again = load(tmp_path / "folder").tokens
+    assert (again.vocabulary, again.merges, again.pad) == (
+        model.tokens.vocabulary, model.tokens.merges, model.tokens.pad,
+    )  # fmt: skip
+    for broken in (
+        {"type": "Unigram"},
+        {"vocab": words, "merges": [["a"]]},
+        {"vocab": {"a": -1}, "merges": []},
+    ):
+        (folder / "tokenizer.json").write_text(json.dumps({"model": broken}), "utf-8")
+        with pytest.raises(BadFile, match=r"tokenizer\.json"):
+            load(tmp_path / "folder")

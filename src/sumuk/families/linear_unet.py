@@ -90,7 +90,7 @@ def arrangements(
             title="diffusers folder",
             dialect="diffusers",
             parts=tuple((part, place) for part, _, place in networks),
-            ignored=tuple(map(ignore, ("safety_checker/*", *folder))),
+            ignored=tuple(map(ignore, ("safety_checker/*", "controlnet/*", *folder))),
         ),
         Arrangement(
             name="bare",

@@ -144,6 +144,7 @@ VAE = Part(
     supplier="any SD 1.x checkpoint, a stand-alone VAE (vae-ft-mse-840000), or vae/ of a diffusers folder",
     build=_vae,
     config=_vae_config,
+    fixed=("norm_num_groups",),
 )
 CLIP = Part(
     name="text",
@@ -195,6 +196,7 @@ DIFFUSERS = Arrangement(
     ignored=(
         *(ignore(f"text_encoder/{name}") for name in POSITIONS),
         ignore("safety_checker/*"),
+        ignore("controlnet/*"),  # of a pipeline with one; it is loaded by itself
         ignore("image_encoder/*"),
     ),
 )

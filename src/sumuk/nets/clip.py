@@ -388,11 +388,12 @@ def _first(found: Tensor) -> Tensor:
 
 
 def _causal(mask: Tensor) -> Tensor:
-    """Who may read whom, [B, 1, L, L]: nothing later, nothing masked; always itself, so none is empty."""
+    """Who may read whom, [B, 1, L, L]: nothing later, nothing masked; itself where there is nothing else."""
     length = mask.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
     itself = torch.eye(length, dtype=torch.bool, device=mask.device)
-    return (earlier & mask.bool()[:, None, None, :]) | itself
+    allowed = earlier & mask.bool()[:, None, None, :]
+    return allowed | (itself & ~allowed.any(dim=-1, keepdim=True))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:

@@ -14,7 +14,6 @@ from sumuk.base.errors import BadFile
 from sumuk.families.reading import Reading
 from sumuk.files.atomic import replacing
 from sumuk.files.shards import read_json
-from sumuk.nets.clip import ClipShape
 from sumuk.nets.tokens import BEGIN, END, ClipTokens
 from sumuk.weights.inspect import Opened
 from sumuk.weights.model import Words
@@ -59,15 +58,13 @@ def read(opened: Opened, reading: Reading, shape: Any) -> Words:
         tokens = find_t5(place, length) if said is None else T5Tokens.from_json(said, length)
     elif said is not None:
         tokens = ClipTokens.from_json(said)
-    elif path.is_dir() and (path / folder(reading.part) / "vocab.json").exists():
-        tokens = _from_folder(path / folder(reading.part), shape)
-    elif shape.vocabulary == OPENAI_ROWS:
-        tokens = ClipTokens.openai(pad=reading.pad, length=shape.length)
+    elif (found := _from_folder(path / folder(reading.part), reading, shape)) is not None:
+        tokens = found
     else:
         raise BadFile(
             f"{path}: its text tower has {shape.vocabulary} words, not OpenAI's {OPENAI_ROWS}, and the file "
-            f"brings none of its own (metadata {meta(reading.part)!r}, or {folder(reading.part)}/vocab.json and "
-            "merges.txt in a folder)",
+            f"brings none of its own (metadata {meta(reading.part)!r}, or {folder(reading.part)}/ in a folder with "
+            "vocab.json and merges.txt, or tokenizer.json)",
             "model.vocabulary",
         )
     positions = getattr(shape, "length", None)  # T5 has no table of them
@@ -80,17 +77,40 @@ def read(opened: Opened, reading: Reading, shape: Any) -> Words:
     return tokens
 
 
-def _from_folder(folder: Path, shape: ClipShape) -> ClipTokens:
+def _from_folder(folder: Path, reading: Reading, shape: Any) -> ClipTokens | None:
+    """A tokenizer's folder, old (two files) or new (one); OpenAI's words where there is none and they fit."""
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    tokens = ClipTokens.from_files(folder / "vocab.json", folder / "merges.txt", length=shape.length)
+    if (folder / "vocab.json").exists():
+        tokens = ClipTokens.from_files(folder / "vocab.json", folder / "merges.txt", length=shape.length)
+    elif (folder / "tokenizer.json").exists():
+        tokens = _from_tokenizer(read_json(folder / "tokenizer.json"), folder, shape.length)
+    elif shape.vocabulary == OPENAI_ROWS:
+        tokens = ClipTokens.openai(pad=reading.pad, length=shape.length)
+    else:
+        return None
     pad = config.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    if pad in (None, END):
+    if pad is None:
         return tokens
     if pad not in tokens.vocabulary:
-        raise BadFile(f"{folder}: pad_token {pad!r:.40} is not in vocab.json", "model.vocabulary")
+        raise BadFile(f"{folder}: pad_token {pad!r:.40} is not in the vocabulary", "model.vocabulary")
     return ClipTokens(tokens.vocabulary, tokens.merges, pad=tokens.vocabulary[pad], length=shape.length)
+
+
+def _from_tokenizer(document: dict[str, Any], folder: Path, length: int) -> ClipTokens:
+    """The words of a ``tokenizer.json``, which transformers 5 writes alone."""
+    model = document.get("model")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    merges = model.get("merges") if isinstance(model, dict) else None
+    if not isinstance(words, dict) or not isinstance(merges, list):
+        raise BadFile(f"{folder}: tokenizer.json holds no byte pairs as CLIP has them", "model.vocabulary")
+    pairs = [tuple(each.split(" ")) if isinstance(each, str) else tuple(each) for each in merges]
+    if any(len(pair) != 2 or not all(isinstance(each, str) for each in pair) for pair in pairs):
+        raise BadFile(f"{folder}: tokenizer.json has a merge that is no pair of words", "model.vocabulary")
+    if any(type(index) is not int or not 0 <= index < 2**24 for index in words.values()):
+        raise BadFile(f"{folder}: tokenizer.json gives a word a number that is none", "model.vocabulary")
+    return ClipTokens(words, [(left, right) for left, right in pairs], length=length)
 
 
 def is_usual(tokens: Words, reading: Reading, shape: Any) -> bool:
