@@ -26,6 +26,8 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.miniature
 	$(BIN)/python -m benchmarks.solver_table > docs/solvers.md
+	$(BIN)/python -m benchmarks.flops
+	$(BIN)/python -m benchmarks.parity
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -23,6 +23,7 @@ from sumuk.nets.adapters import T2IAdapter, T2IShape
 from sumuk.nets.clip_vision import ClipVision, ClipVisionShape
 from sumuk.nets.controlnet import ControlNet, ControlNetShape
 from sumuk.nets.ip_adapter import IPAdapter, IPShape
+from sumuk.nets.tiny import TinyDecoder, TinyShape
 from sumuk.weights.checkpoint import load
 from sumuk.weights.model import Control, Model
 
@@ -214,3 +215,18 @@ def test_a_t2i_adapter_adds_its_features(model: Model, edges: Image.Image):
 def _nothing_stays(model: Model) -> Iterator[None]:
     yield
     assert not any(module._forward_hooks for module in model.denoiser.modules())
+
+
+def test_a_tiny_decoder_for_previews_and_quick_pictures(model_file: Path, model: Model, tmp_path: Path):
+    torch.manual_seed(5)
+    tiny = TinyDecoder(TinyShape(channels=4, width=8))
+    path = tmp_path / "taesd_decoder.safetensors"
+    write(path, {name: lazy(value) for name, value in tiny.state_dict().items()}, {})
+    quick = load(model_file, parts={"tiny_decoder": path})
+    assert "needs a tiny decoder" in refusal(lambda: one(model, steps=2, quick=True))
+    # The tiny decoder knows eight pixels a cell, this model's own four.
+    assert one(quick, steps=2, quick=True).size == (128, 128) and one(quick, steps=2).size == (64, 64)
+    wrong = TinyDecoder(TinyShape(channels=16, width=8))
+    write(path, {name: lazy(value) for name, value in wrong.state_dict().items()}, {})
+    with pytest.raises(BadFile, match="16 latent channels does not fit"):
+        load(model_file, parts={"tiny_decoder": path})

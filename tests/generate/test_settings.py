@@ -71,7 +71,7 @@ def test_every_field_has_a_reason_to_be_here():
         "guidance_start", "guidance_end", "skip_layers", "skip_scale", "skip_start", "skip_end",
         "seed", "variation_seed", "variation", "count", "clip_skip", "label",
         "original", "crop", "decoder_steps", "decoder_guidance", "refiner_start", "hint", "like", "noise_level",
-        "steer", "init", "strength", "mask", "mask_blur", "hires", "preview",
+        "steer", "init", "strength", "mask", "mask_blur", "hires", "quick", "preview",
     }  # fmt: skip
     assert set(Hires.model_fields) == {"scale", "steps", "strength"}
 

@@ -97,18 +97,21 @@ def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | 
         # Another seed, also in the low 32 bits that count: the same noise at two sizes would be no fresh noise.
         walk = _Walk(model, settings, stage, (walk.seed + 2**31) % 2**64, coarse=latent)
         latent = yield from walk(*size, None, 1.0, settings.decoder_steps or stage.family.defaults.steps)
-    return decode(model, latent)
+    return decode(model, latent, quick=request.quick)
 
 
-def decode(model: Model, latent: Tensor) -> Tensor:
-    """Latents of the last stage to pixels [B, 3, H, W] on the CPU in float32."""
+def decode(model: Model, latent: Tensor, *, quick: bool = False) -> Tensor:
+    """Latents of the last stage to pixels [B, 3, H, W] on the CPU in float32; ``quick``: by the tiny decoder."""
+    if quick:
+        tiny = model.networks["tiny_decoder"]
+        return 2 * tiny(latent.to(next(tiny.parameters()))).to("cpu", torch.float32) - 1  # it paints in 0..1
     return model.decode_latent(latent.to(model.device)).to("cpu", torch.float32)
 
 
 def preview(model: Model, clean: Tensor) -> Tensor | None:
     """A clean estimate as pixels; None where an early stage has nothing that shows it."""
     if clean.shape[1] == model.stages[-1].latent.channels:
-        return decode(model, clean)
+        return decode(model, clean, quick="tiny_decoder" in model.networks)
     shower = model.networks.get("previewer")
     if shower is None:
         return None

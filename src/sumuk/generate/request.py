@@ -261,6 +261,8 @@ class Request(_Value):
     """White is drawn anew, black is kept; of the size of ``init``."""
     mask_blur: int = Field(default=2, ge=0, le=256)
     hires: Hires | None = None
+    quick: bool = False
+    """Decode with the tiny decoder (TAESD) that the model was loaded with: many times faster, a little softer."""
     preview: int = Field(default=0, ge=0)
     """A preview every so many steps; 0: none."""
 

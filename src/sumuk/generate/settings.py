@@ -183,6 +183,10 @@ def _check_model(request: Request, model: Model) -> None:
     for field in ("label", "hint", "like", "noise_level"):
         if getattr(request, field) is not None and field not in taken | set(family.takes):
             raise BadInput(f"{field} does nothing for {name}; leave it out")
+    if request.quick and "tiny_decoder" not in model.networks:
+        raise BadInput(
+            "quick needs a tiny decoder; load the model with one, parts={'tiny_decoder': 'taesd_decoder.safetensors'}"
+        )
     if request.skip_layers:
         if "skip_layers" not in family.takes:
             raise BadInput(f"skip_layers does nothing for {name}, whose network cannot leave layers out")

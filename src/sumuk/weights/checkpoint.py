@@ -17,6 +17,7 @@ from torch import nn
 
 from sumuk.base.errors import BadFile, BadInput, MissingFile, nearest
 from sumuk.diffusion.prediction import PREDICTIONS
+from sumuk.families.autoencoder import DECODER
 from sumuk.families.cascade_parts import IMAGE
 from sumuk.families.detect import Match, Unknown, moved
 from sumuk.families.family import Family, Latent, Part
@@ -32,6 +33,8 @@ from sumuk.weights.writing import save
 
 __all__ = ["load", "save"]
 
+LENT = (IMAGE, DECODER)
+"""Parts that serve any family: CLIP's image tower, with which IP-Adapters see, and a tiny decoder for quick looks."""
 FLOATS = ("F32", "BF16", "F16", "F64")
 
 
@@ -159,6 +162,13 @@ def _agreeing(base: Model, refiner: Model, where: Place) -> Model:
 
 def _fitting(family: Family, latent: Latent, networks: Mapping[str, Any], where: Path) -> Latent:
     """The latent with the autoencoder's stride, if both networks agree on its channels."""
+    tiny = networks.get(DECODER.name)
+    if tiny is not None and tiny.shape.channels != latent.channels:
+        raise BadFile(
+            f"{where}: a tiny decoder of {tiny.shape.channels} latent channels does not fit latents of "
+            f"{latent.channels}",
+            "model.part",
+        )
     vae = networks.get("vae")
     if vae is None or family.then is not None:  # there the autoencoder is a later stage's
         return latent
@@ -172,10 +182,10 @@ def _fitting(family: Family, latent: Latent, networks: Mapping[str, Any], where:
 
 
 def _parts(family: Family, given: Mapping[str, Place]) -> tuple[Part, ...]:
-    """The family's parts, and CLIP's image tower if it is given: IP-Adapters see with one that no family has."""
+    """The family's parts, and those of the guests' that are given and it has none of its own."""
     own = {part.name: part for part in family.parts}
-    guest = {IMAGE.name: IMAGE} if IMAGE.name in given else {}
-    return tuple({**guest, **own}.values())
+    guests = {part.name: part for part in LENT if part.name in given}
+    return tuple({**guests, **own}.values())
 
 
 def _supplied(family: Family, parts: Sequence[Part], places: Mapping[str, Place | None]) -> dict[str, Opened]:
