@@ -64,7 +64,7 @@ def test_every_flag_reaches_the_request(call: Call, model_file: Path, photo: Pat
         "guidance_start": 0.1, "guidance_end": 0.9, "seed": 5, "variation_seed": 6, "variation": 0.5, "count": 1,
         "clip_skip": 2, "strength": 0.5, "mask": None, "mask_blur": 2, "preview": 0,
         "label": None, "original": None, "crop": None, "hint": None, "steer": [],
-        "like": None, "noise_level": None,
+        "like": None, "noise_level": None, "quick": False,
         "skip_layers": [], "skip_scale": 2.5, "skip_start": 0.01, "skip_end": 0.2,
         "decoder_steps": None, "decoder_guidance": None, "refiner_start": None,
         "hires": {"scale": 1.5, "strength": 0.25, "steps": 8},

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from examples import zoo
 from safetensors.torch import load_file, save_file
 from tiny import equal, tiny, weights
 
 from sumuk.base.errors import BadFile, BadInput, MissingFile
 from sumuk.diffusion.schedule import scaled_linear, zero_terminal_snr
 from sumuk.files.safetensors import read_header
-from sumuk.files.tensors import from_header, write
+from sumuk.files.tensors import from_header, lazy, write
 from sumuk.weights.checkpoint import load, save
 from sumuk.weights.inspect import open as look
 from sumuk.weights.model import Model
@@ -404,3 +406,15 @@ def test_words_in_the_one_file_that_transformers_5_writes(model: Model, tmp_path
         (folder / "tokenizer.json").write_text(json.dumps({"model": broken}), "utf-8")
         with pytest.raises(BadFile, match=r"tokenizer\.json"):
             load(tmp_path / "folder")
+
+
+def test_a_key_that_the_last_block_lacks_is_named(tmp_path: Path) -> None:
+    """The shape is counted off the blocks; one that is not whole would be counted as none, and the rest be too much."""
+    zoo.write("flux/dev", tmp_path)
+    path = tmp_path / "flux-dev.safetensors"
+    tensors = {name: one.load().clone() for name, one in from_header(read_header(path)).items()}
+    lost = max(name for name in tensors if ".single_blocks." in name and name.endswith("linear1.weight"))
+    kept = {name: lazy(value) for name, value in tensors.items() if name != lost}
+    write(tmp_path / "less.safetensors", kept, read_header(path).metadata)
+    with pytest.raises(BadFile, match=re.escape(lost)):
+        load(tmp_path / "less.safetensors")

@@ -51,6 +51,12 @@ def generate(
     rescale: Annotated[float | None, typer.Option(help="Guidance rescale, 0 (none) to 1.")] = None,
     guidance_start: Annotated[float | None, typer.Option(help="Guide from this share of the steps.")] = None,
     guidance_end: Annotated[float | None, typer.Option(help="Guide up to this share of the steps.")] = None,
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Layers to leave out and draw away from, like 7,8,9 (SD 3.5 medium).")
+    ] = None,
+    skip_scale: Annotated[float | None, typer.Option(help="How much; 2.5.")] = None,
+    skip_start: Annotated[float | None, typer.Option(help="From this share of the steps; 0.01.")] = None,
+    skip_end: Annotated[float | None, typer.Option(help="Up to this share of the steps; 0.2.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; drawn if left out.")] = None,
     variation_seed: Annotated[int | None, typer.Option(help="Second seed to go towards.")] = None,
     variation: Annotated[float | None, typer.Option(help="How far to go towards it, 0 to 1.")] = None,
@@ -97,6 +103,9 @@ def generate(
     ] = None,
     refiner: Annotated[Path | None, typer.Option(help="A model that draws the last part (SDXL's).")] = None,
     control: Annotated[list[str] | None, typer.Option(help="NAME=FILE: load a ControlNet.")] = None,
+    quick: Annotated[
+        bool | None, typer.Option("--quick", help="Decode with --part tiny_decoder=FILE (TAESD).")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; from file and device if left out.")
@@ -120,6 +129,10 @@ def generate(
         "rescale": rescale,
         "guidance_start": guidance_start,
         "guidance_end": guidance_end,
+        "skip_layers": None if skip_layers is None else skip_layers.split(","),
+        "skip_scale": skip_scale,
+        "skip_start": skip_start,
+        "skip_end": skip_end,
         "seed": seed,
         "variation_seed": variation_seed,
         "variation": variation,
@@ -135,6 +148,7 @@ def generate(
         "like": like,
         "noise_level": noise_level,
         "steer": steerings(steer),
+        "quick": quick,
         "init": init,
         "strength": strength,
         "mask": mask,
@@ -185,11 +199,23 @@ def replay(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint file or folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    hashed: Annotated[bool, typer.Option("--hashes", help="Also hashes; this reads the file whole.")] = False,
 ) -> None:
     """Say what a checkpoint is, from its header alone."""
     from sumuk.cli.tell import run_inspect
 
-    run_inspect(path, as_json)
+    run_inspect(path, as_json, hashed)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One model, told in full; all if left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the models of the lineage: what they are, and what they are good for."""
+    from sumuk.cli.tell import run_models
+
+    run_models(name, as_json)
 
 
 @app.command()

@@ -46,22 +46,31 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Last pieces of a tensor's name, by spelling; the first pieces name the layer."""
 
-INNER = re.compile(r"(?P<layer>.+)\.processor\.(?P<which>\w+?)_?(?P<suffix>lora[12]?\.(?:down|up)\.weight)")
-"""Spellings in which the layer's name goes on behind ``processor``: ``attn1.processor.to_q_lora.down.weight``."""
+INNER = re.compile(
+    r"(?P<layer>.+?)\.(?:processor\.)?(?P<which>\w+)_(?P<suffix>lora[12]?\.(?:down|up)\.weight)"
+)
+"""Spellings with an underscore before the factor: ``attn1.processor.to_q_lora.down.weight``."""
 
 HALVES = (
     ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight"), ("lora_down", "lora_up"),
     ("lora_A.default.weight", "lora_B.default.weight"), ("lora.down.weight", "lora.up.weight"),
     ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"), ("hada_w1_a", "hada_w1_b"),
     ("hada_w2_a", "hada_w2_b"), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"),
-    *((f"lora{n}.down.weight", f"lora{n}.up.weight") for n in ("", "1", "2")),
+    *((f"lora{n}.down.weight", f"lora{n}.up.weight") for n in (1, 2)),
 )  # fmt: skip
 """Factors that are of no use without one another; the first has the rank as its rows, except in ``hada`` and
 ``lokr``."""
 
+OTHER = dict(HALVES) | {second: first for first, second in HALVES}
+WHOLE = ("diff", "w_norm", "oft_blocks", "lokr_w1", "set_weight", "a1.weight")
+"""Factors that stand by themselves."""
+
 READERS = ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight", "hada_w1_b", "diff",
            "lora_linear_layer.down.weight", "lora1.down.weight", "lora_down")  # fmt: skip
 """Factors whose second side is what the layer takes."""
+
+MOST_FACTORS = 20_000
+"""Tensors of one at most: SDXL's with all its convolutions has 6,000 in LyCORIS's longest spelling."""
 
 DOTTED = ("unet.*", "transformer.*", "text_encoder.*", "text_encoder_2.*", "text_encoder_3.*", "base_model.model.*",
           "diffusion_model.*", "prior.*")  # fmt: skip
@@ -102,7 +111,7 @@ class Lora:
         method: LoRA, LoHa, LoKr, ...
         ranks: of its factors, ascending.
         layers: how many of each network.
-        lacking: a factor that is not there though its other half is; None: all are there.
+        lacking: a name that is not there though its other half is; None: all are there.
     """
 
     target: str
@@ -119,7 +128,11 @@ def read_lora(shapes: Shapes) -> Lora | None:
 
 @lru_cache(maxsize=2)  # each variant asks for the same
 def _read(entries: tuple[tuple[str, Shape], ...]) -> Lora | None:
+    if len(entries) > MOST_FACTORS:
+        return None
     layers: dict[str, dict[str, Shape]] = {}
+    lacking = None
+    names = {name for name, _ in entries}
     for name, shape in entries:
         tag, _, rest = name.partition(".")
         if rest.startswith("bundle_emb."):
@@ -128,13 +141,13 @@ def _read(entries: tuple[tuple[str, Shape], ...]) -> Lora | None:
         if cut is None:
             return None
         layers.setdefault(cut[0], {})[cut[1]] = shape
+        if (other := OTHER.get(cut[1])) and (lost := name.removesuffix(cut[1]) + other) not in names:
+            lacking = lost.partition(".")[2]
     factors = {suffix for layer in layers.values() for suffix in layer}
-    if not any(set(pair) & factors for pair in HALVES) and not factors & {"diff", "w_norm", "oft_blocks", "lokr_w1"}:
+    if not factors & {*OTHER, *WHOLE}:
         return None
-    networks = Counter(_network(layer) for layer in layers if not layer.startswith("embeddings"))
-    return Lora(
-        _target(layers), _method(factors), _ranks(layers), dict(networks), _lacking(layers, entries[0][0])
-    )
+    networks = Counter(_network(layer) for layer in layers if layer != "embeddings")
+    return Lora(_target(layers), _method(factors), _ranks(layers), dict(networks), lacking)
 
 
 def _cut(tag: str, name: str) -> tuple[str, str] | None:
@@ -148,16 +161,11 @@ def _cut(tag: str, name: str) -> tuple[str, str] | None:
     return None
 
 
-def _lacking(layers: Mapping[str, Mapping[str, Shape]], like: str) -> str | None:
-    for layer, factors in layers.items():
-        for pair in HALVES:
-            if len(here := [half for half in pair if half in factors]) == 1:
-                return f"{layer!r} has {here[0]!r} without {pair[here[0] == pair[0]]!r}, its other half"
-    return None
-
-
 NETWORKS = (
-    (re.compile(r"lora_te_|text_encoder_(?!\d_)|lora_te1_|lora_prior_te_|base_model_model_text_model_"), "text tower"),
+    (
+        re.compile(r"lora_te_|text_encoder_(?!\d_)|lora_te1_|lora_prior_te_|base_model_model_text_model_"),
+        "text tower",
+    ),
     (re.compile(r"lora_te2_|text_encoder_2_"), "second text tower"),
     (re.compile(r"lora_te3_|text_encoder_3_"), "third text tower"),
 )
@@ -167,7 +175,13 @@ def _network(layer: str) -> str:
     return next((title for pattern, title in NETWORKS if pattern.match(layer)), "denoiser")
 
 
-METHODS = (("hada_", "LoHa"), ("lokr_", "LoKr"), ("oft_blocks", "OFT"), ("a1.weight", "GLoRA"), ("on_input", "IA3"))
+METHODS = (
+    ("hada_", "LoHa"),
+    ("lokr_", "LoKr"),
+    ("oft_blocks", "OFT"),
+    ("a1.weight", "GLoRA"),
+    ("on_input", "IA3"),
+)
 
 
 def _method(factors: set[str]) -> str:
@@ -207,15 +221,15 @@ def _target(layers: Mapping[str, Mapping[str, Shape]]) -> str:
     if UNET_LAYERS.search(names):
         return _unet_target(layers)
     if re.search(r"(?:^|[ _])transformer_blocks_\d+_(?:attn_|ff_|norm1_)", names):
-        width = _takes(layers, r"transformer_blocks_\d+_attn_(?:to_q|add_q_proj)")
+        width = _takes(layers, "transformer_blocks_", "_attn_to_q", "_attn_add_q_proj")
         return {3072: "flux", 1536: "sd3", 2432: "sd3"}.get(width, "")
     return _tower_target(layers)
 
 
 def _unet_target(layers: Mapping[str, Mapping[str, Shape]]) -> str:
-    if found := CONTEXTS.get(_takes(layers, r"attn2_to_[kv]$")):
+    if found := CONTEXTS.get(_takes(layers, "_attn2_", "_to_k", "_to_v")):
         return found
-    if any(re.search(r"_blocks?_.*_transformer_blocks_[1-9]", layer) for layer in layers):
+    if any(re.search(r"_transformer_blocks_[1-9]", layer) for layer in layers):
         return "sdxl"  # the only one with several in a row
     tower = _tower_target(layers)
     return tower or "sd"
@@ -223,20 +237,24 @@ def _unet_target(layers: Mapping[str, Mapping[str, Shape]]) -> str:
 
 def _tower_target(layers: Mapping[str, Mapping[str, Shape]]) -> str:
     networks = {_network(layer) for layer in layers}
-    wide = _takes(layers, r"(?:lora_te2|text_encoder_2)_text_model_.*_q_(?:proj|lora)")
+    wide = max(_takes(layers, "lora_te2_", *QUERIES), _takes(layers, "text_encoder_2_", *QUERIES))
     if "third text tower" in networks:
         return ""  # Stable Diffusion 3 or FLUX.1
     if "second text tower" in networks:
         return "sdxl" if wide == 1280 else ""
     if any(layer.startswith("lora_te1_") for layer in layers):
         return ""  # SDXL, Stable Diffusion 3 or FLUX.1
-    return TOWERS.get(_takes(layers, r"text_model_.*_(?:q_proj|to_q|q)$"), "")
+    return TOWERS.get(_takes(layers, "text_model_", *QUERIES), "")
 
 
-def _takes(layers: Mapping[str, Mapping[str, Shape]], pattern: str) -> int:
-    """The width that layers of such a name take; 0 if none tells."""
+QUERIES = ("_q_proj", "_to_q")
+"""Ends of layers that take a tower's whole width."""
+
+
+def _takes(layers: Mapping[str, Mapping[str, Shape]], piece: str, *ends: str) -> int:
+    """The width that layers take whose name has this piece and one of these ends; 0 if none tells."""
     for layer, factors in layers.items():
-        if re.search(pattern, layer):
+        if piece in layer and layer.endswith(ends):
             for reader in READERS:
                 if len(shape := factors.get(reader, ())) > 1:
                     return shape[1]
@@ -245,11 +263,9 @@ def _takes(layers: Mapping[str, Mapping[str, Shape]], pattern: str) -> int:
 
 def _recognise_lora(target: str, shapes: Shapes) -> str | None:
     lora = read_lora(shapes)
-    if lora is None or not lora.target:
+    if lora is None or lora.target != target:
         return ""
-    if lora.target != target:
-        return ""
-    return None if lora.lacking is None else f"it is a LoRA of which a part is lost: {lora.lacking}"
+    return None if lora.lacking is None else f"it is a LoRA that lacks {lora.lacking!r}, half of a pair"
 
 
 def _tell_lora(shapes: Shapes) -> Mapping[str, str]:
@@ -300,7 +316,8 @@ MODELS = (
 
 for _variant, _title, _architecture in MODELS:
     _add(
-        "lora", _variant, f"LoRA for {_title}", _architecture, LORA_FILES, partial(_recognise_lora, _variant), _tell_lora
+        "lora", _variant, f"LoRA for {_title}", _architecture, LORA_FILES,
+        partial(_recognise_lora, _variant), _tell_lora,
     )  # fmt: skip
 
 # -- textual inversion ---------------------------------------------------------------------------------------------

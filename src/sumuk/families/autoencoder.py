@@ -51,7 +51,9 @@ def _recognise_kl(levels: int, channels: int, quantised: bool, shapes: Shapes) -
     for name in ("encoder.conv_in.weight", "encoder.mid.attn_1.q.weight", "decoder.conv_in.weight"):
         if len(shapes.get(f"vae.{name}", ())) != 4:
             return f"there is no convolution {name!r} of a KL autoencoder"
-    found = {int(each[1]) for name in shapes if (each := re.match(r"vae\.encoder\.down\.([0-9]{1,4})\.", name))}
+    found = {
+        int(each[1]) for name in shapes if (each := re.match(r"vae\.encoder\.down\.([0-9]{1,4})\.", name))
+    }
     if len(found) != levels:
         return f"it has {len(found)} levels, not {levels}"
     if (here := shapes["vae.decoder.conv_in.weight"][1]) != channels:
@@ -197,7 +199,9 @@ def _recognise_tiny(channels: int, pooled: bool, shapes: Shapes) -> str | None:
     return None if here else "there is neither encoder nor decoder of a tiny autoencoder"
 
 
-def _tiny(variant: str, title: str, recognise: Callable[[Shapes], str | None], serves: str, *aliases: str) -> None:
+def _tiny(
+    variant: str, title: str, recognise: Callable[[Shapes], str | None], serves: str, *aliases: str
+) -> None:
     kind = Kind(
         name="tiny-vae",
         variant=variant,

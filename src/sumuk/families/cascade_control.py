@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAMES = ("backbone.*", "projections.*")
-HINTS = {1: "edges (canny)", 4: "a picture and its mask (inpainting)", 16: "a smaller latent (super resolution)"}
+HINTS = {
+    1: "edges (canny)",
+    4: "a picture and its mask (inpainting)",
+    16: "a smaller latent (super resolution)",
+}
 """Channels of a hint, and what that is in the published files."""
 
 

@@ -91,7 +91,9 @@ def _recognise_bundle(shapes: Shapes) -> str | None:
     here = [part for part in TOWERS if f"{part.name}.{part.key}" in shapes]
     if len(here) < 2:
         return "it has one tower, not several"
-    reasons = (_recognise(part, width, shapes) for part, width in ((CLIP_L, 768), (CLIP_G, 1280)) if part in here)
+    reasons = (
+        _recognise(part, width, shapes) for part, width in ((CLIP_L, 768), (CLIP_G, 1280)) if part in here
+    )
     return next((reason for reason in reasons if reason), _recognise_t5(shapes) if T5 in here else None)
 
 
@@ -104,7 +106,10 @@ def _depth(part: Part, block: str, shapes: Shapes) -> int:
 
 def _text_tells(part: Part, block: str, serves: str, shapes: Shapes) -> Mapping[str, str]:
     table = shapes[f"{part.name}.{part.key}"]
-    return {"tower": f"{_depth(part, block, shapes)} blocks, width {table[1]}, {table[0]} words", "serves": serves}
+    return {
+        "tower": f"{_depth(part, block, shapes)} blocks, width {table[1]}, {table[0]} words",
+        "serves": serves,
+    }
 
 
 CLIP_BLOCK, OPENCLIP_BLOCK = "text_model.encoder.layers.{}", "transformer.resblocks.{}"
@@ -125,7 +130,10 @@ CLIP_L_KIND = Kind(
     recognise=partial(_recognise, CLIP_L, 768),
     licence="MIT",
     tells=partial(
-        _text_tells, CLIP_L, CLIP_BLOCK, "Stable Diffusion 1, SDXL (text), Stable Diffusion 3 (text), FLUX.1 (text)"
+        _text_tells,
+        CLIP_L,
+        CLIP_BLOCK,
+        "Stable Diffusion 1, SDXL (text), Stable Diffusion 3 (text), FLUX.1 (text)",
     ),
 )
 CLIP_H_KIND = Kind(
@@ -176,7 +184,9 @@ T5_KIND = Kind(
     ),
     recognise=_recognise_t5,
     licence="Apache-2.0",
-    tells=partial(_text_tells, T5, "encoder.block.{}", "Stable Diffusion 3 (text_3), FLUX.1 (text_2), if T5 XXL's"),
+    tells=partial(
+        _text_tells, T5, "encoder.block.{}", "Stable Diffusion 3 (text_3), FLUX.1 (text_2), if T5 XXL's"
+    ),
 )
 BUNDLE = Kind(
     name=NAME,
@@ -216,7 +226,11 @@ VISION = (
 
 VISION_FILES = tuple(
     Arrangement(
-        name=name, title=title, dialect="original", parts=((IMAGE, prefix),), ignored=(ignore(prefix + POSITION),)
+        name=name,
+        title=title,
+        dialect="original",
+        parts=((IMAGE, prefix),),
+        ignored=(ignore(prefix + POSITION),),
     )
     for name, title, prefix in (
         ("bare", ALONE, ""),

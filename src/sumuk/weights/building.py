@@ -15,6 +15,7 @@ from torch import nn
 from sumuk.base.errors import BadFile, BadInput, nearest
 from sumuk.families.family import Part
 from sumuk.files import layout
+from sumuk.files.gaps import gaps
 from sumuk.files.tensors import Lazy, Shape, Tensors
 from sumuk.weights.inspect import Opened
 
@@ -28,6 +29,7 @@ def build(part: Part, tensors: Tensors, origin: Opened) -> nn.Module:
         with torch.device("meta"):
             network = part.build({name: tensor.shape for name, tensor in tensors.items()})
     except (BadFile, BadInput) as error:
+        _refuse_gaps(part, origin)
         raise BadFile(f"{where}: {part.title}: {error}", "model.shape") from error
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     if lost := [name for name in expected if name not in tensors]:
@@ -37,6 +39,7 @@ def build(part: Part, tensors: Tensors, origin: Opened) -> nn.Module:
             "model.missing",
         )
     if extra := [name for name in tensors if name not in expected]:
+        _refuse_gaps(part, origin)  # a block that is not whole may have been counted as none
         native = f"{part.name}.{extra[0]}"
         theirs = origin.moved.origin[native][0]
         raise BadFile(
@@ -51,6 +54,18 @@ def build(part: Part, tensors: Tensors, origin: Opened) -> nn.Module:
                 "model.shape",
             )
     return network
+
+
+def _refuse_gaps(part: Part, origin: Opened) -> None:
+    """Name what the file's own blocks call for and it lacks, if anything: nearer to the fault than what follows."""
+    missing, instead = gaps([name for names in origin.moved.origin.values() for name in names])
+    if missing:
+        odd = f"; in its place there is {layout.some(instead)}" if instead else ""
+        raise BadFile(
+            f"{origin.source.path}: {part.title} lacks {len(missing)} tensors that its other blocks have: "
+            f"{layout.some(missing)}{odd}",
+            "model.missing",
+        )
 
 
 def check_config(part: Part, tensors: Tensors, origin: Opened) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 from sumuk.base.errors import BadFile
 from sumuk.diffusion.schedule import Discrete, Schedule, zero_terminal_snr
-from sumuk.families.detect import Match, Unknown, detect
-from sumuk.families.family import Facts, Family, Kind, Latent, Part
-from sumuk.families.lineage import EITHER, NON_COMMERCIAL, alike
+from sumuk.families.detect import Match, Near, Unknown, detect
+from sumuk.families.family import FAMILIES, Facts, Family, Kind, Latent, Part
+from sumuk.families.lineage import EITHER, LIMITS, alike
 from sumuk.files.gaps import gaps
 from sumuk.files.layout import Moved, some
 from sumuk.files.tensors import Lazy, Tensors
@@ -65,13 +65,26 @@ class Opened:
         """Whether a network is there."""
         return f"{part.name}.{part.key}" in self.moved.tensors
 
-    def tensors(self, part: str) -> Tensors:
-        """The tensors of one part by the names that its network gives them."""
+    def own(self, part: str) -> Tensors:
+        """What there is of one part, by the names that its network gives them."""
         return {
             name.removeprefix(f"{part}."): tensor
             for name, tensor in self.moved.tensors.items()
             if name.startswith(f"{part}.")
         }
+
+    def tensors(self, part: str) -> Tensors:
+        """The same to load from.
+
+        Raises:
+            BadFile: half of a set is there; a network of what remains would be another one.
+        """
+        if self.moved.halves:
+            there, lost = self.moved.halves[0]
+            raise BadFile(
+                f"{self.source.path}: holds {there[0]!r} without {lost[0]!r}, its other part", "layout.half"
+            )
+        return self.own(part)
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
@@ -151,10 +164,10 @@ class Opened:
     def latent(self) -> Latent:
         """Channels and stride from the header; scale and shift from configuration, metadata, or family."""
         usual = self.family.latent
-        vae = self.tensors("vae")
+        vae = self.own("vae")
         channels, stride = usual.channels, usual.stride
         if self.family.channels is not None:
-            channels = self.family.channels({n: t.shape for n, t in self.tensors("denoiser").items()})
+            channels = self.family.channels({n: t.shape for n, t in self.own("denoiser").items()})
         levels = sum(
             re.fullmatch(r"encoder\.down\.[0-9]+\.block\.0\.conv1\.weight", name) is not None for name in vae
         )
@@ -185,6 +198,8 @@ class Opened:
             return Told(said, "metadata modelspec.license")
         assert isinstance(self.answer, Match)
         kind = self.answer.family
+        if kind.licence == "unknown":
+            return Told("unknown", "the file does not say, and such files have many", sure=False)
         return Told(kind.licence, f"that of {kind.title}; the file does not say", sure=False)
 
     def resolution(self) -> Told:
@@ -230,12 +245,12 @@ def describe(opened: Opened) -> Found:
         "files": tuple(map(str, source.files)),
         "layout": answer.arrangement.name if answer.arrangement else None,
         "ignored": len(answer.moved.ignored),
-        "alternatives": answer.near,
+        "alternatives": tuple(_alternatives(opened)),
     }
     if isinstance(answer, Unknown):
         return Found(unknown=answer.why, **common)
     kind, moved = answer.family, answer.moved
-    lost, odd = gaps([name for names in moved.origin.values() for name in names])
+    lost, odd = gaps([name for names in moved.origin.values() for name in names] if kind.parts else [])
     lost += [name for _, names in moved.halves for name in names if name not in lost]
     common |= {
         "family": kind.name,
@@ -243,7 +258,7 @@ def describe(opened: Opened) -> Found:
         "title": kind.title,
         "missing": tuple(_missing(opened, kind)),
         "details": _details(opened, kind),
-        "models": tuple(known.title for known in alike(kind.key)),
+        "models": tuple(known.title for known in alike(kind.key, _count(opened, kind))),
         "licence": opened.licence(),
         "extra": (*moved.unknown, *odd),
         "incomplete": tuple(lost),
@@ -290,14 +305,27 @@ def _parts(opened: Opened) -> Iterator[FoundPart]:
     parts = answer.parts if isinstance(answer, Unknown) else answer.family.parts
     for part in parts:
         if opened.has(part):
-            yield _part(part.name, part.title, opened.tensors(part.name))
+            yield _part(part.name, part.title, opened.own(part.name))
     if isinstance(answer, Match) and not parts:
         yield _part(answer.family.name, answer.family.title, opened.moved.tensors)
+
+
+def _count(opened: Opened, kind: Kind) -> int:
+    """Numbers in the tensors of a kind's first network."""
+    return sum(one.parameters for one in opened.own(kind.parts[0].name).values()) if kind.parts else 0
 
 
 def _part(name: str, title: str, own: Mapping[str, Lazy]) -> FoundPart:
     dtypes = dict(Counter(tensor.dtype for tensor in own.values()).most_common())
     return FoundPart(name, title, len(own), sum(tensor.parameters for tensor in own.values()), dtypes)
+
+
+def _alternatives(opened: Opened) -> Iterator[Near]:
+    """What was considered. To a model, the networks in it are none."""
+    draws = isinstance(opened.answer, Match) and isinstance(opened.answer.family, Family)
+    for near in opened.answer.near:
+        if not draws or isinstance(FAMILIES[near.family], Family):
+            yield near
 
 
 def _missing(opened: Opened, kind: Kind) -> Iterator[MissingPart]:
@@ -310,7 +338,7 @@ def _warnings(found: Found) -> Iterator[str]:
     """What one should know before using it."""
     if found.licence is not None:
         said = found.licence.value.lower()
-        bound = next((text for name, text in NON_COMMERCIAL.items() if name.lower() == said), None)
+        bound = next((text for name, (_, text) in LIMITS.items() if name.lower() == said), None)
         if bound is None and re.search(r"non-?commercial|-nc(?:-|$)", said):
             bound = "not for commercial use"
         if bound is not None:
@@ -323,7 +351,8 @@ def _warnings(found: Found) -> Iterator[str]:
     if needed:
         yield f"it is not whole: {', '.join(needed)} must come from another file"
     if found.incomplete:
-        yield f"it lacks {len(found.incomplete)} tensors that it should have: {some(found.incomplete)}; load() refuses it"
+        lost = some(found.incomplete)
+        yield f"it lacks {len(found.incomplete)} tensors that it should have: {lost}; load() refuses it"
     if found.extra:
         yield f"{len(found.extra)} tensors have no place in it: {some(found.extra)}; load() refuses it"
     if any(dtype.startswith(("F8", "F4", "F6", "U8", "I8")) for part in found.parts for dtype in part.dtypes):
