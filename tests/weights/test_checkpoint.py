@@ -15,9 +15,16 @@ from safetensors.torch import load_file, save_file
 from tiny import equal, tiny, weights
 
 from sumuk.base.errors import BadFile, BadInput, MissingFile
-from sumuk.diffusion.schedule import scaled_linear, zero_terminal_snr
+from sumuk.diffusion.schedule import (
+    ContinuousVP,
+    Schedule,
+    VarianceExploding,
+    scaled_linear,
+    zero_terminal_snr,
+)
 from sumuk.files.safetensors import read_header
 from sumuk.files.tensors import from_header, lazy, write
+from sumuk.generate.api import draw
 from sumuk.weights.checkpoint import load, save
 from sumuk.weights.inspect import open as look
 from sumuk.weights.model import Model
@@ -418,3 +425,36 @@ def test_a_key_that_the_last_block_lacks_is_named(tmp_path: Path) -> None:
     write(tmp_path / "less.safetensors", kept, read_header(path).metadata)
     with pytest.raises(BadFile, match=re.escape(lost)):
         load(tmp_path / "less.safetensors")
+
+
+@pytest.mark.parametrize("noise", [VarianceExploding(0.02, 40.0), ContinuousVP(0.1, 19.0)], ids=["ve", "vp"])
+@pytest.mark.parametrize("layout", ["single", "diffusers"])
+def test_the_noise_of_score_sde_is_said_and_read(noise: Schedule, layout: str, tmp_path: Path) -> None:
+    """The network of DDPM trained on other noise: nothing but a text tells (Song et al. 2021)."""
+    model = replace(zoo.tiny("ddpm/pixel"), schedule=noise)
+    path = tmp_path / ("model.safetensors" if layout == "single" else "model")
+    save(model, path, layout=layout)
+    again = load(path)
+    assert type(again.schedule) is type(noise) and vars(again.schedule) == vars(noise)
+    save(replace(again, schedule=zoo.tiny("ddpm/pixel").schedule), tmp_path / "plain.safetensors")
+    assert type(load(tmp_path / "plain.safetensors").schedule) is type(zoo.tiny("ddpm/pixel").schedule)
+    solver = "euler" if layout == "single" else "predictor-corrector"
+    picture = draw("", model=again, steps=3, seed=1, solver=solver, grid="uniform", width=32, height=32)
+    assert picture.size == (32, 32)
+
+
+def test_schedulers_of_folders_are_read_or_refused(tmp_path: Path) -> None:
+    save(zoo.tiny("ddpm/pixel"), tmp_path / "folder", layout="diffusers")
+    path = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    path.write_text(
+        json.dumps({"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01, "sigma_max": 1348.0})
+    )
+    assert vars(load(tmp_path / "folder").schedule) == vars(VarianceExploding(0.01, 1348.0))
+    for config in (
+        {"_class_name": "EDMEulerScheduler"},
+        {"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01},
+        {"_class_name": "ScoreSdeVeScheduler", "sigma_min": 5.0, "sigma_max": 1.0},
+    ):
+        path.write_text(json.dumps(config))
+        with pytest.raises(BadFile, match="schedule"):
+            load(tmp_path / "folder")

@@ -10,13 +10,13 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from sumuk.base.errors import BadFile
-from sumuk.diffusion.schedule import Discrete, Schedule, zero_terminal_snr
+from sumuk.diffusion.schedule import ContinuousVP, Discrete, Schedule, VarianceExploding, zero_terminal_snr
 from sumuk.families.detect import Match, Near, Unknown, detect
 from sumuk.families.family import FAMILIES, Facts, Family, Kind, Latent, Part
 from sumuk.families.lineage import EITHER, LIMITS, alike
@@ -38,6 +38,13 @@ ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": 
 
 CONTRADICTS = "; but "
 """Stands between two pieces of evidence that disagree."""
+
+SCORE_SDE = {
+    "ScoreSdeVeScheduler": ("ve", ("sigma_min", "sigma_max")),
+    "ScoreSdeVpScheduler": ("vp", ("beta_min", "beta_max")),
+}
+"""The diffusers library's names of score-SDE's noise, and of its two ends."""
+CONTINUOUS: dict[str, Callable[[float, float], Schedule]] = {"ve": VarianceExploding, "vp": ContinuousVP}
 
 BETAS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 """What a scheduler configuration says of the noise that the network was trained with."""
@@ -89,7 +96,11 @@ class Opened:
     @cached_property
     def scheduler(self) -> dict[str, Any]:
         """The scheduler's configuration, in a diffusers folder."""
-        return self.source.config("scheduler/scheduler_config.json")
+        places = (
+            "scheduler/scheduler_config.json",
+            "scheduler_config.json",
+        )  # the second: folders of one network
+        return next((found for place in places if (found := self.source.config(place))), {})
 
     def prediction(self) -> Told:
         """What the denoiser predicts: what the file says, else the family's usual; unsure where it says two.
@@ -131,13 +142,15 @@ class Opened:
         return Told("no", "no marker for it")
 
     def schedule(self) -> Schedule:
-        """The noise, stretched if the file says so.
+        """The noise: score-SDE's if the file says so (metadata ``sumuk.schedule`` or a scheduler's name), else the
+        family's, stretched if the file says so.
 
         Raises:
-            BadFile: a scheduler configuration with other betas than the family's; no sampler of ours
-                would fit.
+            BadFile: a scheduler configuration with other noise than any that is known here.
         """
         family = self.family
+        if (score := self._score_sde()) is not None:
+            return score
         size, prediction = family.defaults.size, family.prediction
         published = Facts(prediction=prediction, zero_snr=False, latent=family.latent, size=size)
         usual = family.folder(published).get("scheduler/scheduler_config.json", {})
@@ -152,6 +165,34 @@ class Opened:
         if self.zero_snr().value == "yes" and isinstance(schedule, Discrete):
             return zero_terminal_snr(schedule)
         return schedule
+
+    def _score_sde(self) -> Schedule | None:
+        """The continuous noise of Song et al. 2021 that the same networks can be trained on; None if none is named."""
+        said, name = self.source.metadata.get("sumuk.schedule"), str(self.scheduler.get("_class_name", ""))
+        if said is not None:
+            kind, *ends = said.split()
+            where = "metadata sumuk.schedule"
+        elif name in SCORE_SDE:
+            kind, keys = SCORE_SDE[name]
+            ends = [str(self.scheduler[key]) for key in keys if key in self.scheduler]
+            where = "scheduler_config.json"
+        elif name.startswith("EDM"):
+            raise BadFile(
+                f"{self.source.path}: the scheduler is {name}, whose noise {self.family.title} does not have here",
+                "meta.schedule",
+            )
+        else:
+            return None
+        try:
+            least, most = map(float, ends)
+        except ValueError:
+            least = most = math.nan
+        if kind not in CONTINUOUS or not 0 < least < most < math.inf:
+            raise BadFile(
+                f"{self.source.path}: {where} says {said or ' '.join([kind, *ends])!r:.60}, not like 've 0.01 50'",
+                "meta.schedule",
+            )
+        return CONTINUOUS[kind](least, most)
 
     def size(self) -> int:
         """The longer side of the training images in pixels."""
@@ -211,6 +252,9 @@ class Opened:
             if isinstance(size, int):
                 pixels = round(size * self.latent().stride)
                 return Told(f"{pixels}x{pixels}", place)
+        if self.family.sides is not None:
+            side = self.family.sides({name: one.shape for name, one in self.own("denoiser").items()})
+            return Told(f"{side}x{side}", "the denoiser's table of positions")
         usual = self.family.defaults.size
         return Told(f"{usual}x{usual}", f"usual for {self.family.title}; the file does not say", sure=False)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sumuk.base.errors import BadInput, nearest
+from sumuk.diffusion.schedule import ContinuousVP, VarianceExploding
 from sumuk.families.family import Arrangement, Family
 from sumuk.files.atomic import creating, replacing
 from sumuk.files.tensors import Tensors, lazy, torch_dtype, write
@@ -78,7 +79,7 @@ def _arrangement(family: Family, name: str) -> Arrangement:
 def _texts(model: Model, metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a file: what the model had, what the caller adds, and what the model is."""
     facts = model.facts
-    anew = (vocabulary.META, "sumuk.latent_")  # said below as the model has it now
+    anew = (vocabulary.META, "sumuk.latent_", "sumuk.schedule")  # said below as the model has it now
     kept = {key: text for key, text in model.metadata.items() if not key.startswith(anew)}
     said = {
         "format": "pt",
@@ -86,6 +87,10 @@ def _texts(model: Model, metadata: Mapping[str, str]) -> dict[str, str]:
         "modelspec.architecture": model.family.architecture,
         "modelspec.prediction_type": PREDICTION[facts.prediction],
     }
+    if isinstance(model.schedule, VarianceExploding):
+        said["sumuk.schedule"] = f"ve {model.schedule.first!r} {model.schedule.last!r}"
+    if isinstance(model.schedule, ContinuousVP):
+        said["sumuk.schedule"] = f"vp {model.schedule.start!r} {model.schedule.end!r}"
     if facts.latent.scale != model.family.latent.scale:
         said["sumuk.latent_scale"] = repr(facts.latent.scale)
     if facts.latent.shift != model.family.latent.shift:
