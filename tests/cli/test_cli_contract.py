@@ -80,7 +80,7 @@ def test_without_a_verb_the_help_is_shown(call: Call):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("generate",), "Missing argument 'prompt'"),
+        (("generate",), "Give a prompt"),
         (("draw", "a"), "No such command 'draw'"),
         (("inspect",), "Missing argument 'path'"),
         (("generate", "a", "-o"), "-o"),

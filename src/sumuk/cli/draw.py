@@ -64,6 +64,8 @@ def run_generate(
     request = make_request(**chosen)
     targets = _targets(out, request.count)
     loaded = _load(model, how)
+    if loaded.readings and "prompt" not in chosen:
+        raise BadInput('what shall be drawn? Give a prompt; "" for none')
     machine = engine.Engine(loaded, mode=mode)  # type: ignore[arg-type]
     machine.submit(request)
     for image, drawn, receipt in _show(machine.events()):

@@ -33,7 +33,9 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")]
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw, in A1111's grammar.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw, in A1111's grammar; none for models without words.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="PNG to write; a free sumuk.png if left out.")
     ] = None,
