@@ -112,7 +112,7 @@ def describe_model(model: Model, out: Path) -> dict[str, Any]:
         "sha256": model.files[0].sha256,
         "bytes": model.files[0].path.stat().st_size,
         "parameters": {
-            title: sum(p.numel() for p in model.parts[part].parameters())
+            title: sum(p.numel() for p in model.networks[part].parameters())
             for part, title in (("denoiser", "U-Net"), ("vae", "autoencoder"), ("text", "text tower"))
         },
         "guidance": model.defaults.guidance,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import zoo
 from PIL import Image
 from tests.generate.conftest import gap, one, refusal
 from torch import nn
@@ -17,9 +18,12 @@ from sumuk.base.errors import BadFile, BadInput
 from sumuk.families.family import FAMILIES
 from sumuk.files.tensors import lazy, write
 from sumuk.generate.engine import Engine, Finished
+from sumuk.generate.pixels import to_image, to_pixels
 from sumuk.generate.replay import replay, request_of
 from sumuk.generate.request import make_request
 from sumuk.nets.adapters import T2IAdapter, T2IShape
+from sumuk.nets.cascade_blocks import ConvBlock
+from sumuk.nets.cascade_control import CascadeControl, CascadeControlShape, PlainShape
 from sumuk.nets.clip_vision import ClipVision, ClipVisionShape
 from sumuk.nets.controlnet import ControlNet, ControlNetShape
 from sumuk.nets.ip_adapter import IPAdapter, IPShape
@@ -230,3 +234,46 @@ def test_a_tiny_decoder_for_previews_and_quick_pictures(model_file: Path, model:
     write(path, {name: lazy(value) for name, value in wrong.state_dict().items()}, {})
     with pytest.raises(BadFile, match="16 latent channels does not fit"):
         load(model_file, parts={"tiny_decoder": path})
+
+
+def test_a_strength_of_nothing_shows_what_the_encoder_keeps(model: Model, photo: Image.Image):
+    """Encode and decode, no step taken: the same whatever the prompt and the seed are."""
+    drawn = one(model, init=photo, strength=0.0, seed=1, prompt="a fox")
+    with torch.inference_mode():
+        kept = model.decode_latent(model.encode_latent(to_pixels(photo, 64, 64)))
+    assert gap(drawn, to_image(kept)) == 0
+    assert gap(one(model, init=photo, strength=0.0, seed=2), drawn) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16])
+def test_cascades_controls_add_maps_inside_stage_c(channels: int, edges: Image.Image):
+    model = zoo.tiny("cascade/stage-c")
+    width, backbone = model.denoiser.shape.widths[-1], model.networks["effnet"].shape.backbone
+    if channels == 16:
+        read: Any = PlainShape(channels=16, hidden=32, width=16, depth=1, features=24)
+    else:
+        read = replace(backbone, channels=channels)
+    blocks = sum(isinstance(module, ConvBlock) for module in model.denoiser.modules())
+    network = fill(CascadeControl(CascadeControlShape(backbone=read, width=width, places=(0, blocks - 1))))
+    guest = Control(kind=FAMILIES["controlnet/cascade"], network=network)
+    steered = replace(model, controls={"follow": guest})
+    hint = edges.resize((256, 256)).convert("RGBA")
+    hint.putalpha(Image.new("L", (256, 256), 255 if channels != 4 else 0))
+    asked = {"prompt": "a fox", "steps": 2, "seed": 1, "width": 256, "height": 256}
+    plain, drawn = one(steered, **asked), one(steered, **asked, **steer("follow", hint))
+    assert gap(drawn, plain) > 0
+    if channels == 4:
+        opaque = hint.convert("RGB")
+        assert "transparent" in refusal(lambda: one(steered, **asked, **steer("follow", opaque)))
+
+
+def test_cascade_reconstructs_a_picture_through_its_smallest_latent():
+    """1024 pixels are 24 cells of 16 channels; here 256 pixels are 6."""
+    model = zoo.tiny("cascade/stage-c")
+    photo = zoo.picture(256)
+    with torch.inference_mode():
+        latent = model.encode_latent(to_pixels(photo, 256, 256))
+    assert latent.shape == (1, 16, 6, 6)
+    drawn = one(model, init=photo, strength=0.0, seed=1, decoder_steps=2)
+    assert drawn.size == (256, 256)
+    assert gap(drawn, one(model, init=photo.rotate(90), strength=0.0, seed=1, decoder_steps=2)) > 0

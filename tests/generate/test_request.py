@@ -52,7 +52,7 @@ def encoded(image: Image.Image, form: str = "PNG", **settings: object) -> bytes:
         ({"stepz": 3}, "unknown setting 'stepz'; did you mean 'steps'?"),
         ({"prompt": 3}, "prompt: input should be a valid string (got 3)"),
         ({"prompt": "a \ud800"}, "prompt: character 3 is no Unicode character, but half of one"),
-        ({"init": PICTURE, "strength": 0.0}, "(got 0.0)"),
+        ({"init": PICTURE, "strength": -0.1}, "(got -0.1)"),
         ({"init": 3}, "init: an image is a path, bytes or a PIL image, not int"),
         ({"init": b"nothing"}, "init: the picture of 7 bytes is no PNG, JPEG or WEBP picture"),
         ({"mask": MASK}, "a mask needs an init image"),

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from sumuk.base.errors import BadInput, MissingFile
-from sumuk.generate.pixels import to_pixels
+from sumuk.generate.pixels import to_mask, to_pixels
 from sumuk.generate.request import Request, Steer
 from sumuk.nets.adapters import T2IAdapter, with_features
+from sumuk.nets.cascade_control import CascadeControl
 from sumuk.nets.clip_vision import clip_pixels
 from sumuk.nets.control_dit import FluxControlNet, SD3ControlNet
 from sumuk.nets.controlnet import ControlNet, scaled
@@ -88,12 +91,44 @@ def _tokens(model: Model, steer: Steer, width: int, height: int, negative: bool)
     return (network(view.to(model.device, model.dtype)).to("cpu", torch.float32),)
 
 
+def _maps(model: Model, steer: Steer, width: int, height: int, negative: bool) -> Seen:
+    """What a ControlNet of Stable Cascade finds; the same at all steps, and on both sides.
+
+    One channel is edges; four are a picture and its mask, transparent where it is to be painted; sixteen are the
+    EfficientNet's latent of the picture at half its size.
+    """
+    network = model.controls[steer.control].network
+    (picture,) = _picture(model, steer, width, height, negative)
+    channels = network.shape.backbone.channels
+    if channels == 1:
+        hint = picture.mean(dim=1, keepdim=True)
+    elif channels == 4:
+        hint = torch.cat([picture, to_mask(_hole(steer), width, height)], dim=1)
+    else:
+        half = to_pixels(steer.hint, width // 2, height // 2)
+        small = model.encode_latent(half.to(model.device)).to("cpu", torch.float32)
+        cells = (model.latent.cells(height), model.latent.cells(width))
+        hint = F.interpolate(small, cells, mode="nearest")
+    return tuple(each.to("cpu", torch.float32) for each in network(hint.to(model.device, model.dtype)))
+
+
+def _hole(steer: Steer) -> Image.Image:
+    """White where a picture is transparent."""
+    if "A" not in steer.hint.getbands():
+        raise BadInput(
+            f"{steer.control!r} paints where its picture is transparent, and this one is nowhere; give a PNG with a "
+            "transparent part"
+        )
+    return ImageOps.invert(steer.hint.getchannel("A"))
+
+
 LOOKS: dict[type, Callable[[Model, Steer, int, int, bool], Seen]] = {
     ControlNet: _picture,
     FluxControlNet: _latent,
     SD3ControlNet: _unshifted,
     T2IAdapter: _features,
     IPAdapter: _tokens,
+    CascadeControl: _maps,
 }
 """What each kind of guest looks at."""
 
@@ -138,6 +173,11 @@ def at_work(
             elif isinstance(network, IPAdapter):
                 prompt = stack.enter_context(with_image(model.denoiser, network))
                 prompt.tokens, prompt.scale = seen[0], steer.weight
+            elif isinstance(network, CascadeControl):
+                maps: list[Tensor | None] = [None] * (max(network.shape.places) + 1)
+                for place, each in zip(network.shape.places, seen, strict=True):
+                    maps[place] = each * steer.weight
+                found = maps if found is None else _plus(found, maps)
             else:
                 answer = _residuals(network, steer, seen[0], x, t, inputs)
                 found = answer if found is None else _plus(found, answer)
@@ -171,7 +211,9 @@ def _times(tree: Any, weight: float) -> Any:
 
 
 def _plus(one: Any, other: Any) -> Any:
-    """Two answers of the same form, added."""
+    """Two answers of the same form, added; None adds nothing."""
+    if one is None or other is None:
+        return other if one is None else one
     if isinstance(one, Tensor):
         return one + other
     if len(one) != len(other):

@@ -86,7 +86,10 @@ def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | 
     if request.init is not None and "low" not in model.family.beside:
         known = to_latent(model, to_pixels(request.init, settings.width, settings.height))
     size = (settings.width, settings.height)
-    latent = yield from walk(*size, known, request.strength, settings.steps)
+    if known is not None and request.strength == 0.0:
+        latent = known
+    else:
+        latent = yield from walk(*size, known, request.strength, settings.steps)
     if request.hires is not None and settings.larger is not None:
         hires, size = request.hires, settings.larger
         cells = (model.latent.cells(size[1]), model.latent.cells(size[0]))

@@ -255,8 +255,8 @@ class Request(_Value):
     steer: tuple[Steer, ...] = ()
     """ControlNets at work, for models loaded with some."""
     init: Picture | None = None
-    strength: Number = Field(default=0.75, gt=0.0, le=1.0)
-    """Image to image: the share of the way that is walked again."""
+    strength: Number = Field(default=0.75, ge=0.0, le=1.0)
+    """Image to image: the share of the way that is walked again. 0: none; what the model's encoder keeps of it."""
     mask: Picture | None = None
     """White is drawn anew, black is kept; of the size of ``init``."""
     mask_blur: int = Field(default=2, ge=0, le=256)

@@ -128,7 +128,7 @@ def resolve(request: Request, model: Model) -> Settings:
     width, height = _size(request, model)
     walks = _walks(request, model, grid, steps)
     _check_guidance(request, model, scale, walks)
-    if request.preview and request.preview >= max(walks):
+    if request.preview and any(walks) and request.preview >= max(walks):
         raise BadInput(f"a preview every {request.preview} steps never comes in {max(walks)} steps; lower it")
     later = model.stages[1].family.defaults if len(model.stages) > 1 else None
     return Settings(
@@ -230,11 +230,12 @@ def _walks(request: Request, model: Model, grid: str, steps: int) -> list[int]:
     """How many steps each pass takes."""
     first = make_grid(grid, model.schedule, steps)  # how many levels there are does not depend on the size
     whole = request.init is None or "low" in model.family.beside
-    walks = [first if whole else part(first, request.strength)]
+    strength = 1.0 if whole else request.strength
+    walks = [part(first, strength)] if strength > 0 else []
     if request.hires is not None:
         second = make_grid(grid, model.schedule, request.hires.steps or steps)
         walks.append(part(second, request.hires.strength))
-    return [len(levels) - 1 for levels in walks]
+    return [len(levels) - 1 for levels in walks] or [0]
 
 
 def _check_guidance(request: Request, model: Model, scale: float, walks: list[int]) -> None:
@@ -259,7 +260,7 @@ def _check_guidance(request: Request, model: Model, scale: float, walks: list[in
                 what = "a negative prompt" if name == "negative" else f"{name} {getattr(request, name):g}"
                 raise BadInput(f"{what} does nothing at guidance 1; raise the guidance or leave it out")
     start, end = request.guidance_start, request.guidance_end
-    if not any(start <= step / steps < end for steps in walks for step in range(steps)):
+    if any(walks) and not any(start <= step / steps < end for steps in walks for step in range(steps)):
         raise BadInput(
             f"no step of {' and '.join(map(str, walks))} lies from guidance_start {start:g} to guidance_end {end:g}"
         )

@@ -84,6 +84,8 @@ def _check_fit(kind: Kind, shape: Any, model: Model, path: Place) -> None:
         "width",
     ):
         mine, theirs = getattr(ours, name, None), getattr(shape, name, None)
+        if name == "width" and mine is None:
+            mine = getattr(ours, "widths", (None,))[-1]  # Cascade's ControlNets know the width of its blocks
         if mine is not None and theirs is not None and mine != theirs:
             raise BadFile(
                 f"{path}: {kind.title} has {name} {theirs}, {model.family.title} has {mine}; "
