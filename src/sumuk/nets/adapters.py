@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sumuk.base.errors import BadFile, BadInput
+from sumuk.nets.header import count, reader
 from sumuk.nets.unet import UNet
+
+_size = reader("adapter", "adapter")
 
 Shapes = Mapping[str, tuple[int, ...]]
 ROWS = 2
@@ -198,8 +201,8 @@ def t2i_shape(shapes: Shapes) -> T2IShape:
     channels = _size(shapes, first, 1)
     factor = 8 if channels % 256 else 16
     pattern = "body.{}.out_conv.weight" if light else "body.{}.block1.weight"
-    blocks = _count(shapes, pattern)
-    rows = _count(shapes, "body.0.body.{}.block1.weight") if light else ROWS
+    blocks = count(shapes, pattern)
+    rows = count(shapes, "body.0.body.{}.block1.weight") if light else ROWS
     if channels % factor**2 or not blocks or (not light and blocks % rows):
         raise BadFile(
             f"tensor {first!r} of {channels} channels, with {blocks} blocks, is that of no T2I-Adapter",
@@ -214,20 +217,3 @@ def t2i_shape(shapes: Shapes) -> T2IShape:
         kernel=1 if light else _size(shapes, "body.0.block2.weight", 2),
         light=light,
     )
-
-
-def _size(shapes: Shapes, name: str, axis: int) -> int:
-    if name not in shapes:
-        raise BadFile(f"tensor {name!r} is missing; the file is incomplete or no adapter", "adapter.missing")
-    if axis >= len(shapes[name]) or not 0 < shapes[name][axis] <= 2**20:
-        raise BadFile(
-            f"tensor {name!r} has the shape {list(shapes[name])}, which no adapter has", "adapter.shape"
-        )
-    return shapes[name][axis]
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    number = 0
-    while pattern.format(number) in shapes:
-        number += 1
-    return number

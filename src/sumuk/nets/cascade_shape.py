@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sumuk.base.errors import BadFile, BadInput
+from sumuk.nets.header import count, reader
+
+_size = reader("Cascade stage", "cascade")
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor, by its published name."""
@@ -119,7 +122,7 @@ def read_b(shapes: Shapes) -> StageBShape:
 
 
 def _trunk(shapes: Shapes, patch: int, cond: int, pooled: str) -> dict[str, Any]:
-    levels = _count(shapes, "down_blocks.{}.0.depthwise.weight")
+    levels = count(shapes, "down_blocks.{}.0.depthwise.weight")
     rows = range(levels)
     attends = tuple(f"down_blocks.{level}.2.kv_mapper.1.weight" in shapes for level in rows)
     turned = [levels - 1 - level for level in rows]  # the way up is numbered from the coarsest level
@@ -131,8 +134,8 @@ def _trunk(shapes: Shapes, patch: int, cond: int, pooled: str) -> dict[str, Any]
         "down": tuple(_groups(shapes, f"down_blocks.{i}", a) for i, a in zip(rows, attends, strict=True)),
         "up": tuple(_groups(shapes, f"up_blocks.{i}", a) for i, a in zip(turned, attends, strict=True)),
         "attends": attends,
-        "down_repeats": tuple(1 + _count(shapes, f"down_repeat_mappers.{i}.{{}}.weight") for i in rows),
-        "up_repeats": tuple(1 + _count(shapes, f"up_repeat_mappers.{i}.{{}}.weight") for i in turned),
+        "down_repeats": tuple(1 + count(shapes, f"down_repeat_mappers.{i}.{{}}.weight") for i in rows),
+        "up_repeats": tuple(1 + count(shapes, f"up_repeat_mappers.{i}.{{}}.weight") for i in turned),
         "cond_width": cond,
         "pooled_width": _size(shapes, pooled, 1),
         "tokens": _size(shapes, pooled, 0) // cond,
@@ -148,25 +151,6 @@ def _groups(shapes: Shapes, blocks: str, attends: bool) -> int:
     while f"{blocks}.{found * size}.depthwise.weight" in shapes:
         found += 1
     return found
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    found = 0
-    while pattern.format(found) in shapes:
-        found += 1
-    return found
-
-
-def _size(shapes: Shapes, key: str, axis: int) -> int:
-    """One size of one tensor, refused where it cannot be the width of a layer."""
-    if key not in shapes:
-        raise missing(key)
-    shape = shapes[key]
-    if axis >= len(shape) or not 0 < shape[axis] <= 2**20:
-        raise BadFile(
-            f"tensor {key!r} has the shape {list(shape)}, which no Cascade stage has", "cascade.shape"
-        )
-    return shape[axis]
 
 
 def _made(kind: type[Kind], **values: Any) -> Kind:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sumuk.base.errors import BadFile, BadInput
+from sumuk.nets.header import count
 
 HEAD = 64  # channels of a head in every published text tower
 Activation = Literal["quick_gelu", "gelu"]
@@ -97,7 +98,7 @@ def clip_shape(shapes: Mapping[str, tuple[int, ...]]) -> ClipShape:
         vocabulary=size("text_model.embeddings.token_embedding.weight", 0),
         width=size("text_model.embeddings.token_embedding.weight", 1),
         length=size("text_model.embeddings.position_embedding.weight", 0),
-        depth=_count(shapes, "text_model.encoder.layers.{}.self_attn.q_proj.weight"),
+        depth=count(shapes, "text_model.encoder.layers.{}.self_attn.q_proj.weight"),
         hidden=size("text_model.encoder.layers.0.mlp.fc1.weight", 0),
         projection=size("text_projection.weight", 0) if "text_projection.weight" in shapes else None,
     )
@@ -110,7 +111,7 @@ def open_clip_shape(shapes: Mapping[str, tuple[int, ...]]) -> ClipShape:
         vocabulary=size("token_embedding.weight", 0),
         width=size("token_embedding.weight", 1),
         length=size("positional_embedding", 0),
-        depth=_count(shapes, "transformer.resblocks.{}.attn.in_proj_weight"),
+        depth=count(shapes, "transformer.resblocks.{}.attn.in_proj_weight"),
         hidden=size("transformer.resblocks.0.mlp.c_fc.weight", 0),
         projection=size("text_projection", 1) if "text_projection" in shapes else None,
     )
@@ -126,13 +127,6 @@ def _reader(shapes: Mapping[str, tuple[int, ...]], marker: str) -> Callable[[str
         return shapes[name][axis]
 
     return size
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    found = 0
-    while pattern.format(found) in shapes:
-        found += 1
-    return found
 
 
 class _Attention(nn.Module):

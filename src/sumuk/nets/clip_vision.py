@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.attention import attend
 from sumuk.nets.clip import Activation
+from sumuk.nets.header import reader
+
+_size = reader("CLIP image tower", "clip")
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -122,14 +125,6 @@ def clip_vision_shape(shapes: Mapping[str, tuple[int, ...]], *, heads: int | Non
 
 _EMBEDDINGS = "vision_model.embeddings."
 _PROJECTION = "visual_projection.weight"
-
-
-def _size(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> int:
-    shape = shapes.get(name, ())
-    if axis >= len(shape) or not 0 < shape[axis] <= 2**20:
-        found = f"has the shape {list(shape)}" if name in shapes else "is missing"
-        raise BadFile(f"not a CLIP image tower: tensor {name!r} {found}", "clip.header")
-    return shape[axis]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ from torch.nn import functional as F
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.control_blocks import JointBlock, SingleBlock, TimeText
 from sumuk.nets.flux import PATCH, FluxShape, pack, rotation
+from sumuk.nets.header import count, reader
 from sumuk.nets.layers import zero
+
+_size = reader("ControlNet", "control")
 
 HEAD = 64
 """Width of a head in SD3; FLUX.1 shows it by its norms."""
@@ -292,8 +295,8 @@ def flux_control_shape(shapes: Mapping[str, tuple[int, ...]]) -> FluxControlShap
             hint_channels=_size(shapes, "controlnet_x_embedder.weight", 1, PATCH**2),
             width=_size(shapes, "x_embedder.weight", 0),
             head=_size(shapes, norm, 0),
-            double=_count(shapes, "transformer_blocks.{}.attn.to_q.weight"),
-            single=_count(shapes, "single_transformer_blocks.{}.attn.to_q.weight"),
+            double=count(shapes, "transformer_blocks.{}.attn.to_q.weight"),
+            single=count(shapes, "single_transformer_blocks.{}.attn.to_q.weight"),
             context_dim=_size(shapes, "context_embedder.weight", 1),
             vector_dim=_size(shapes, "time_text_embed.text_embedder.linear_1.weight", 1),
             guidance="time_text_embed.guidance_embedder.linear_1.weight" in shapes,
@@ -317,7 +320,7 @@ def sd3_control_shape(shapes: Mapping[str, tuple[int, ...]]) -> SD3ControlShape:
             hint_channels=_size(shapes, "pos_embed_input.proj.weight", 1),
             width=_size(shapes, proj, 0),
             head=_size(shapes, norm, 0) if norm in shapes else HEAD,
-            depth=_count(shapes, "transformer_blocks.{}.attn.to_q.weight"),
+            depth=count(shapes, "transformer_blocks.{}.attn.to_q.weight"),
             context_dim=_size(shapes, "context_embedder.weight", 1),
             vector_dim=_size(shapes, "time_text_embed.text_embedder.linear_1.weight", 1),
             places=math.isqrt(table),
@@ -325,23 +328,3 @@ def sd3_control_shape(shapes: Mapping[str, tuple[int, ...]]) -> SD3ControlShape:
         )
     except BadInput as error:
         raise BadFile(f"{proj!r} of shape {list(shapes[proj])}: {error}", "control.shape") from error
-
-
-def _size(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int, unit: int = 1) -> int:
-    if name not in shapes:
-        raise BadFile(
-            f"tensor {name!r} is missing; the file is incomplete or no ControlNet", "control.missing"
-        )
-    shape = shapes[name]
-    if axis >= len(shape) or not 0 < shape[axis] <= 2**20 or shape[axis] % unit:
-        raise BadFile(
-            f"tensor {name!r} has the shape {list(shape)}, which no ControlNet has", "control.shape"
-        )
-    return shape[axis] // unit
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    number = 0
-    while pattern.format(number) in shapes:
-        number += 1
-    return number

@@ -28,8 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sumuk.base.errors import BadFile, BadInput
+from sumuk.nets.header import count, reader
 from sumuk.nets.layers import GROUPS, Upsample, group_norm, timestep_embedding, zero
 from sumuk.nets.vae import Downsample, PixelAttention
+
+_size = reader("DDPM pixel model", "ddpm")
 
 EPS = 1e-6
 """Epsilon of every group normalisation."""
@@ -264,8 +267,8 @@ def pixel_unet_shape(shapes: Mapping[str, tuple[int, ...]]) -> PixelUNetShape:
     """
     width = _size(shapes, "conv_in.weight", 0)
     mult, attends = [], []
-    blocks = _count(shapes, "down.0.block.{}.conv1.weight")
-    for level in range(max(1, _count(shapes, "down.{}.block.0.conv1.weight"))):
+    blocks = count(shapes, "down.0.block.{}.conv1.weight")
+    for level in range(max(1, count(shapes, "down.{}.block.0.conv1.weight"))):
         key = f"down.{level}.block.0.conv1.weight"
         channels = _size(shapes, key, 0)
         if channels % width:
@@ -273,7 +276,7 @@ def pixel_unet_shape(shapes: Mapping[str, tuple[int, ...]]) -> PixelUNetShape:
                 f"tensor {key!r} has {channels} channels, no multiple of the {width} of 'conv_in.weight'",
                 "ddpm.shape",
             )
-        if (found := _count(shapes, f"down.{level}.block.{{}}.conv1.weight")) != blocks:
+        if (found := count(shapes, f"down.{level}.block.{{}}.conv1.weight")) != blocks:
             least = f"down.{level}.block.{min(found, blocks)}.conv1.weight"
             raise BadFile(
                 f"a level has {found} blocks where the first has {blocks}; see tensor {least!r}", "ddpm.shape"
@@ -293,22 +296,3 @@ def pixel_unet_shape(shapes: Mapping[str, tuple[int, ...]]) -> PixelUNetShape:
         raise BadFile(
             f"tensor 'conv_in.weight' has the shape {list(shapes['conv_in.weight'])}: {error}", "ddpm.shape"
         ) from error
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    found = 0
-    while pattern.format(found) in shapes:
-        found += 1
-    return found
-
-
-def _size(shapes: Mapping[str, tuple[int, ...]], key: str, axis: int) -> int:
-    """One size of one tensor, refused where it cannot be the width of a layer."""
-    if key not in shapes:
-        raise BadFile(
-            f"tensor {key!r} is missing; the file is incomplete or no DDPM pixel model", "ddpm.missing"
-        )
-    shape = shapes[key]
-    if axis >= len(shape) or not 0 < shape[axis] <= 2**20:
-        raise BadFile(f"tensor {key!r} has the shape {list(shape)}, which no such U-Net has", "ddpm.shape")
-    return shape[axis]

@@ -26,7 +26,10 @@ from torch.nn import functional as F
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.attention import attend
+from sumuk.nets.header import missing, reader
 from sumuk.nets.layers import timestep_embedding, zero
+
+_size = reader("DiT", "dit")
 
 FREQUENCIES = 256
 """Sinusoidal features of the time."""
@@ -275,7 +278,7 @@ def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> DiTShape:
     while f"blocks.{depth}.attn.qkv.weight" in shapes:
         depth += 1
     if not depth:
-        raise _missing("blocks.0.attn.qkv.weight")
+        raise missing("blocks.0.attn.qkv.weight", "DiT", "dit")
     tokens = _size(shapes, "pos_embed", 1)
     try:
         return DiTShape(
@@ -292,17 +295,3 @@ def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> DiTShape:
         raise BadFile(
             f"tensor 'pos_embed' has the shape {list(shapes['pos_embed'])}: {error}", "dit.shape"
         ) from error
-
-
-def _size(shapes: Mapping[str, tuple[int, ...]], key: str, axis: int) -> int:
-    """One size of one tensor, refused where it cannot be the width of a layer."""
-    if key not in shapes:
-        raise _missing(key)
-    shape = shapes[key]
-    if axis >= len(shape) or not 0 < shape[axis] <= 2**20:
-        raise BadFile(f"tensor {key!r} has the shape {list(shape)}, which no DiT has", "dit.shape")
-    return shape[axis]
-
-
-def _missing(key: str) -> BadFile:
-    return BadFile(f"tensor {key!r} is missing; the file is incomplete or no DiT", "dit.missing")

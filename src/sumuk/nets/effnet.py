@@ -27,6 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sumuk.base.errors import BadFile, BadInput
+from sumuk.nets.header import reader
+
+size_of = reader("Stable Cascade network", "effnet")
+"""One size of one tensor of these files."""
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -171,15 +175,6 @@ def previewer_shape(shapes: Mapping[str, tuple[int, ...]]) -> PreviewerShape:
         )
     except BadInput as error:
         raise BadFile(f"tensor {first!r}: {error}", "effnet.header") from error
-
-
-def size_of(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> int:
-    """One size of one tensor; BadFile where it is missing or cannot be the width of a layer."""
-    shape = shapes.get(name, ())
-    if axis >= len(shape) or not 0 < shape[axis] <= 2**20:
-        found = f"has the shape {list(shape)}" if name in shapes else "is missing"
-        raise BadFile(f"not one of Stable Cascade's networks: tensor {name!r} {found}", "effnet.header")
-    return shape[axis]
 
 
 class StoredNorm(nn.BatchNorm2d):

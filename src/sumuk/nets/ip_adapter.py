@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.attention import BasicTransformerBlock, CrossAttention, attend
+from sumuk.nets.header import count, reader
 from sumuk.nets.unet import UNet
+
+_size = reader("adapter", "adapter")
 
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD = 64
@@ -287,7 +290,7 @@ def ip_shape(shapes: Shapes) -> IPShape:
             image_dim=_size(shapes, "image_proj.proj_in.weight", 1),
             tokens=_size(shapes, "image_proj.latents", 1),
             inner=_size(shapes, "image_proj.latents", 2),
-            depth=_count(shapes, "image_proj.layers.{}.0.to_q.weight"),
+            depth=count(shapes, "image_proj.layers.{}.0.to_q.weight"),
             heads=inner // HEAD,
         )
     if "image_proj.proj.3.weight" in shapes:
@@ -302,20 +305,3 @@ def ip_shape(shapes: Shapes) -> IPShape:
         image_dim=_size(shapes, "image_proj.proj.weight", 1),
         tokens=wide // context_dim,
     )
-
-
-def _size(shapes: Shapes, name: str, axis: int) -> int:
-    if name not in shapes:
-        raise BadFile(f"tensor {name!r} is missing; the file is incomplete or no adapter", "adapter.missing")
-    if axis >= len(shapes[name]) or not 0 < shapes[name][axis] <= 2**20:
-        raise BadFile(
-            f"tensor {name!r} has the shape {list(shapes[name])}, which no adapter has", "adapter.shape"
-        )
-    return shapes[name][axis]
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    number = 0
-    while pattern.format(number) in shapes:
-        number += 1
-    return number

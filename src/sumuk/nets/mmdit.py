@@ -28,7 +28,10 @@ from torch.nn import functional as F
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.attention import attend
+from sumuk.nets.header import count, missing, reader
 from sumuk.nets.layers import timestep_embedding, zero
+
+_size = reader("MMDiT", "mmdit")
 
 HEAD = 64
 """Channels of one attention head in all published models, which have as many heads as blocks."""
@@ -378,9 +381,9 @@ def mmdit_shape(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTShape:
         )
     if isqrt(square) ** 2 != square:
         raise BadFile(f"{places!r} has {square} places, which are no square", "mmdit.shape")
-    depth = _count(shapes, "joint_blocks.{}.x_block.attn.qkv.weight")
+    depth = count(shapes, "joint_blocks.{}.x_block.attn.qkv.weight")
     if not depth:
-        raise _missing("joint_blocks.0.x_block.attn.qkv.weight")
+        raise missing("joint_blocks.0.x_block.attn.qkv.weight", "MMDiT", "mmdit")
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"
     if norm in shapes and _size(shapes, norm, 0) != HEAD:
         raise BadFile(f"{norm!r} has {_size(shapes, norm, 0)} channels; heads have {HEAD}", "mmdit.shape")
@@ -395,28 +398,7 @@ def mmdit_shape(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTShape:
             out_channels=cells // patch**2,
             patch=patch,
             qk_norm=norm in shapes,
-            dual=_count(shapes, "joint_blocks.{}.x_block.attn2.qkv.weight"),
+            dual=count(shapes, "joint_blocks.{}.x_block.attn2.qkv.weight"),
         )
     except BadInput as error:
         raise BadFile(f"{first!r} of shape {list(shapes[first])}: {error}", "mmdit.shape") from error
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    found = 0
-    while pattern.format(found) in shapes:
-        found += 1
-    return found
-
-
-def _size(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> int:
-    """One size of one tensor, refused where it cannot be the width of a layer."""
-    if name not in shapes:
-        raise _missing(name)
-    shape = shapes[name]
-    if axis >= len(shape) or not 0 < shape[axis] <= 2**20:
-        raise BadFile(f"tensor {name!r} has the shape {list(shape)}, which no MMDiT has", "mmdit.shape")
-    return shape[axis]
-
-
-def _missing(name: str) -> BadFile:
-    return BadFile(f"tensor {name!r} is missing; the file is incomplete or no MMDiT", "mmdit.missing")

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.attention import SpatialTransformer
+from sumuk.nets.header import missing, reader
 from sumuk.nets.layers import GROUPS, Downsample, ResBlock, Upsample, group_norm, timestep_embedding, zero
+
+_size = reader("such U-Net", "unet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +312,7 @@ def unet_shape(
         expected = {key: tuple(tensor.shape) for key, tensor in UNet(shape).state_dict().items()}
     for key, wanted in expected.items():
         if key not in shapes:
-            raise _missing(key)
+            raise missing(key, "such U-Net", "unet")
         if tuple(shapes[key]) != wanted:
             raise BadFile(
                 f"tensor {key!r} has shape {list(shapes[key])}, but the rest of this U-Net calls for "
@@ -350,7 +353,7 @@ def encoder_shape(
             break
         index += 1
     if not all(levels):
-        raise _missing(f"input_blocks.{index}.0.in_layers.2.weight")
+        raise missing(f"input_blocks.{index}.0.in_layers.2.weight", "such U-Net", "unet")
 
     mult, depths, cross = [], [], []
     for rows in levels:
@@ -402,17 +405,3 @@ def _depth(shapes: Mapping[str, tuple[int, ...]], transformer: str) -> int:
     while f"{transformer}.transformer_blocks.{depth}.attn1.to_q.weight" in shapes:
         depth += 1
     return depth
-
-
-def _size(shapes: Mapping[str, tuple[int, ...]], key: str, axis: int) -> int:
-    """One size of one tensor, refused where it cannot be the width of a layer."""
-    if key not in shapes:
-        raise _missing(key)
-    shape = shapes[key]
-    if axis >= len(shape) or not 0 < shape[axis] <= 2**20:
-        raise BadFile(f"tensor {key!r} has the shape {list(shape)}, which no U-Net has", "unet.shape")
-    return shape[axis]
-
-
-def _missing(key: str) -> BadFile:
-    return BadFile(f"tensor {key!r} is missing; the file is incomplete or no such U-Net", "unet.missing")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sumuk.base.errors import BadFile, BadInput
+from sumuk.nets.header import count
 
 GROUPS = 32
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -92,7 +93,7 @@ def vae_shape(shapes: Mapping[str, tuple[int, ...]]) -> VaeShape:
         return shapes[name][axis]
 
     width, colours = size("encoder.conv_in.weight", 0), size("encoder.conv_in.weight", 1)
-    levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
+    levels = count(shapes, "encoder.down.{}.block.0.conv1.weight")
     widths = [size(f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
     if not widths or any(w % width for w in widths):
         raise BadFile(
@@ -108,18 +109,11 @@ def vae_shape(shapes: Mapping[str, tuple[int, ...]]) -> VaeShape:
     return VaeShape(
         width=width,
         multiples=tuple(w // width for w in widths),
-        blocks=_count(shapes, "encoder.down.0.block.{}.conv1.weight"),
+        blocks=count(shapes, "encoder.down.0.block.{}.conv1.weight"),
         latent=latent,
         quantised=size("post_quant_conv.weight", 1) if "post_quant_conv.weight" in shapes else None,
         colours=colours,
     )
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    found = 0
-    while pattern.format(found) in shapes:
-        found += 1
-    return found
 
 
 @dataclass(frozen=True)
