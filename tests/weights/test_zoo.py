@@ -109,6 +109,14 @@ def test_cascade_of_two_files(tmp_path: Path) -> None:
     assert picture.size == (128, 128) and min(high - low for low, high in picture.getextrema()) > 8
 
 
+def test_what_a_layout_leaves_away_is_told(tmp_path: Path) -> None:
+    model = zoo.tiny("sd2/text-to-image")
+    assert sumuk.save(model, tmp_path / "a.safetensors") == ()
+    left = sumuk.save(model, tmp_path / "a", layout="diffusers")
+    assert left and all(left_away(name) for name in left)
+    assert set(weights(model)) - set(weights(sumuk.load(tmp_path / "a"))) == set(left)
+
+
 def test_a_layout_without_a_place_says_so(tmp_path: Path) -> None:
     """An image tower that was lent for an IP-Adapter is no part of Stable Diffusion 1."""
     model = zoo.tiny("sd1/text-to-image")

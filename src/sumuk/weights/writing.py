@@ -33,7 +33,7 @@ def save(
     layout: str = "single",
     dtype: str | torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Save a model.
 
     Args:
@@ -42,6 +42,10 @@ def save(
         layout: ``single`` (the original publication's) or ``diffusers``.
         dtype: floating-point type to store; as the networks are by default.
         metadata: further texts for the header, over those that the model had.
+
+    Returns:
+        Names of tensors that the layout leaves away by design, usually none: diffusers folders of Stable Diffusion 2
+        end its text tower where it is read.
 
     Raises:
         BadInput: a layout that the family does not have, a dtype that is none, a folder that is not empty,
@@ -67,6 +71,7 @@ def save(
         _single(model, Path(path), moved.tensors, texts)
     else:
         _folder(model, Path(path), arrangement, moved.tensors, texts)
+    return tuple(moved.ignored)
 
 
 def _arrangement(family: Family, name: str) -> Arrangement:
