@@ -17,6 +17,7 @@ from torch import nn
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.families.family import FAMILIES
 from sumuk.files.tensors import lazy, write
+from sumuk.generate.control import steerings
 from sumuk.generate.engine import Engine, Finished
 from sumuk.generate.pixels import to_image, to_pixels
 from sumuk.generate.replay import replay, request_of
@@ -198,6 +199,29 @@ def test_refusals(steered: Model, model: Model, model_file: Path, files: dict[st
     assert "image tower" in refusal(lambda: one(blind, steps=1, **steer("face", edges)))
 
 
+def test_windows_are_those_of_the_steps_that_are_walked(steered: Model, edges: Image.Image):
+    """Ten steps at strength 0.2 are two, and none of two lies in the second fifth."""
+    late = steer("edges", edges, start=0.2, end=0.4)
+    one(steered, steps=10, **late)
+    told = refusal(lambda: one(steered, steps=10, init=edges, strength=0.2, **late))
+    assert "no step of 2 lies from start 0.2 to end 0.4" in told
+
+
+def test_a_hint_is_looked_at_once_for_both_sides(steered: Model, edges: Image.Image):
+    request = make_request(**steer("edges", edges))
+    towards, away = steerings(steered, request, 64, 64)
+    assert towards == away and towards[0] is away[0]
+    towards, away = steerings(steered, make_request(**steer("face", edges)), 64, 64)
+    assert not torch.equal(towards[0].seen[0], away[0].seen[0]), "an IP-Adapter goes away from nothing seen"
+
+
+def test_what_cannot_be_guided_or_is_no_guidance_is_refused():
+    dit, cascade = zoo.tiny("dit/class-conditional"), zoo.tiny("cascade/stage-c")
+    assert "needs a label" in refusal(lambda: one(dit, steps=2))
+    one(dit, steps=2, guidance=1)
+    assert "decoder_guidance" in refusal(lambda: one(cascade, steps=1, decoder_guidance=0.0))
+
+
 def test_a_control_of_another_model_is_refused(tmp_path: Path, model_file: Path, model: Model):
     ours = model.denoiser.shape
     fields = {name: getattr(ours, name) for name in ours.__dataclass_fields__ if name != "out_channels"}
@@ -237,12 +261,17 @@ def test_a_tiny_decoder_for_previews_and_quick_pictures(model_file: Path, model:
 
 
 def test_a_strength_of_nothing_shows_what_the_encoder_keeps(model: Model, photo: Image.Image):
-    """Encode and decode, no step taken: the same whatever the prompt and the seed are."""
-    drawn = one(model, init=photo, strength=0.0, seed=1, prompt="a fox")
+    """Encode and decode, no step taken: the same whatever the seed is; a prompt would do nothing, and is refused."""
+    drawn = one(model, init=photo, strength=0.0, seed=1)
     with torch.inference_mode():
         kept = model.decode_latent(model.encode_latent(to_pixels(photo, 64, 64)))
     assert gap(drawn, to_image(kept)) == 0
     assert gap(one(model, init=photo, strength=0.0, seed=2), drawn) == 0
+    assert "prompt does nothing at strength 0" in refusal(
+        lambda: one(model, init=photo, strength=0.0, prompt="a fox")
+    )
+    again = one(model, init=photo, strength=0.0, prompt="[fox:sea:0.5]", steps=4, hires={"strength": 0.5})
+    assert again.size == (128, 128), "a second pass goes on from what was kept"
 
 
 @pytest.mark.parametrize("channels", [1, 4, 16])

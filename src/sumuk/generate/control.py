@@ -134,16 +134,22 @@ LOOKS: dict[type, Callable[[Model, Steer, int, int, bool], Seen]] = {
 
 
 def steerings(
-    model: Model, request: Request, width: int, height: int, negative: bool
-) -> tuple[Steering, ...]:
-    """Everything that steers one side of a request; guess mode leaves the side to go away from alone."""
-    return tuple(
-        Steering(
-            steer, LOOKS[type(model.controls[steer.control].network)](model, steer, width, height, negative)
-        )
-        for steer in request.steer
-        if not (negative and steer.guess)
-    )
+    model: Model, request: Request, width: int, height: int
+) -> tuple[tuple[Steering, ...], tuple[Steering, ...]]:
+    """Everything that steers a request: what it goes towards, and what it goes away from.
+
+    Guess mode leaves the second side alone. Only an IP-Adapter tells the two different things; all else is looked at
+    once for both.
+    """
+    towards, away = [], []
+    for steer in request.steer:
+        kind = type(model.controls[steer.control].network)
+        one = Steering(steer, LOOKS[kind](model, steer, width, height, False))
+        towards.append(one)
+        if not steer.guess:
+            other = kind is IPAdapter
+            away.append(Steering(steer, _tokens(model, steer, width, height, True)) if other else one)
+    return tuple(towards), tuple(away)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sumuk.base.errors import MissingFile
 from sumuk.diffusion.grid import make_grid, part
-from sumuk.diffusion.guidance import Cfg, Conditions, Guidance, Plain, Row, guided
+from sumuk.diffusion.guidance import Conditions, Row, guided
 from sumuk.diffusion.noise import BrownianPath, ImageNoise
 from sumuk.diffusion.sample import Moved, sample
 from sumuk.diffusion.schedule import Level
@@ -166,15 +166,11 @@ class _Walk:
             sample(settings.make_solver() if first else listing(), x, grid, path),
             stage.prediction,
             conditions,
-            settings.guidance if first else _guidance(settings.decoder_guidance or 1.0),
+            settings.guidance if first else settings.later_guidance,
             steps=len(grid) - 1,
             amend=_amend(stage, known, mask),
         )
         return walked
-
-
-def _guidance(scale: float) -> Guidance:
-    return Plain() if scale == 1.0 else Cfg(scale=scale)
 
 
 class _Conditions:
@@ -197,10 +193,8 @@ class _Conditions:
             self._steered["refiner"] = _Steered(other.family, Texts(other, settings, steps, base))
         self._image = _view(walk.model, request, walk.settings, walk.seed) if walk.coarse is None else None
         self._beside = channels(walk.model, request, width, height) if walk.coarse is None else None
-        self._steerings: dict[bool, tuple[Steering, ...]] = {
-            side: steerings(walk.model, request, width, height, side) if walk.coarse is None else ()
-            for side in (False, True)
-        }
+        both = steerings(walk.model, request, width, height) if walk.coarse is None else ((), ())
+        self._steerings = dict(zip((False, True), both, strict=True))
         self._known: dict[tuple[Any, ...], Conditions] = {}
 
     def __call__(self, step: int) -> Conditions:
@@ -283,8 +277,12 @@ class _Steered:
 
 def _amend(stage: Stage, known: Tensor | None, mask: Tensor | None) -> Callable[[Tensor, Ask], Tensor] | None:
     """What is done to every clean estimate: kept where the mask is black, held to the range of pixels."""
-    if mask is not None and known is not None:
-        return lambda clean, ask: mask * clean + (1 - mask) * known
-    if stage.family.clips:
-        return lambda clean, ask: clean.clamp(-1.0, 1.0)
-    return None
+    keeps, clips = mask is not None and known is not None, stage.family.clips
+    if not keeps and not clips:
+        return None
+
+    def amend(clean: Tensor, ask: Ask) -> Tensor:
+        clean = clean.clamp(-1.0, 1.0) if clips else clean
+        return clean if mask is None or known is None else mask * clean + (1 - mask) * known
+
+    return amend

@@ -242,8 +242,8 @@ class Request(_Value):
     """Left and top that SDXL is told were cut away; None: nothing."""
     decoder_steps: int | None = Field(default=None, ge=1, le=1000)
     """Steps of the second stage, for models that have one (Stable Cascade)."""
-    decoder_guidance: Number | None = Field(default=None, ge=0.0, le=100.0)
-    """Its guidance scale."""
+    decoder_guidance: Number | None = Field(default=None, ge=1.0, le=100.0)
+    """Its guidance scale; 1 is none."""
     refiner_start: Number | None = Field(default=None, ge=0.0, lt=1.0)
     """From which share of the noise's way the refiner draws, for models loaded with one; None: 0.8."""
     hint: Picture | None = None

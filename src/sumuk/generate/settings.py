@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -68,6 +69,12 @@ class Settings:
             return usual
         return SkipLayers(usual, wanted.skip_scale, wanted.skip_start, wanted.skip_end)
 
+    @property
+    def later_guidance(self) -> Guidance:
+        """The same in the second stage of a model that has one."""
+        scale = self.decoder_guidance
+        return Plain() if scale is None or scale == 1.0 else Cfg(scale=scale)
+
     def _usual_guidance(self) -> Cfg | Plain:
         wanted = self.request
         if self.guidance_scale == 1.0 or self.kind != "classifier-free":
@@ -128,6 +135,7 @@ def resolve(request: Request, model: Model) -> Settings:
     width, height = _size(request, model)
     walks = _walks(request, model, grid, steps)
     _check_guidance(request, model, scale, walks)
+    _check_windows(request, walks)
     if request.preview and any(walks) and request.preview >= max(walks):
         raise BadInput(f"a preview every {request.preview} steps never comes in {max(walks)} steps; lower it")
     later = model.stages[1].family.defaults if len(model.stages) > 1 else None
@@ -192,11 +200,6 @@ def _check_model(request: Request, model: Model) -> None:
             raise BadInput(f"skip_layers does nothing for {name}, whose network cannot leave layers out")
         if (far := max(request.skip_layers)) >= (depth := model.denoiser.shape.depth):
             raise BadInput(f"skip_layers {far} is not one of the {depth} layers 0 to {depth - 1}")
-        steps = request.steps or model.defaults.steps
-        if not any(request.skip_start < i / steps < request.skip_end for i in range(steps)):
-            raise BadInput(
-                f"no step of {steps} lies between skip_start {request.skip_start:g} and skip_end {request.skip_end:g}"
-            )
     for field in ("decoder_steps", "decoder_guidance"):
         if getattr(request, field) is not None and len(model.stages) == 1:
             raise BadInput(f"{field} does nothing for {name}, which draws in one stage; leave it out")
@@ -215,15 +218,37 @@ def _check_model(request: Request, model: Model) -> None:
         if each.control not in model.controls:
             hint = nearest(each.control, model.controls)
             raise BadInput(f"the model was loaded without a control {each.control!r}{hint}")
-        steps = request.steps or model.defaults.steps
-        if not any(each.start <= i / steps and (i + 1) / steps <= each.end for i in range(steps)):
-            raise BadInput(
-                f"no step of {steps} lies from start {each.start:g} to end {each.end:g} of {each.control!r}"
-            )
+    if request.init is not None and request.strength == 0.0 and request.hires is None:
+        _check_untouched(request, model)
     if request.init is None and {"mask", "masked", "image", "low"} & set(family.beside):
         raise BadInput(f"{name} needs an init image")
     if request.hint is None and "hint" in family.takes:
         raise BadInput(f"{name} needs a hint, the picture that it follows")
+
+
+def _check_untouched(request: Request, model: Model) -> None:
+    """Refuse what does nothing where no step is walked; a second stage still reads the prompt."""
+    idle = ["steer"] if len(model.stages) > 1 else ["prompt", "negative", "steer", "like", "mask"]
+    for field in idle:
+        if getattr(request, field) not in (None, "", ()):
+            raise BadInput(f"{field} does nothing at strength 0, where no step is taken; leave it out")
+
+
+def _check_windows(request: Request, walks: list[int]) -> None:
+    """Refuse what would act in no step of any pass."""
+
+    def none_acts(acts: Callable[[int, int], bool]) -> bool:
+        return not any(acts(step, steps) for steps in walks for step in range(steps))
+
+    told = " and ".join(map(str, walks))
+    low, high = request.skip_start, request.skip_end
+    if request.skip_layers and none_acts(lambda i, n: low < i / n < high):
+        raise BadInput(f"no step of {told} lies between skip_start {low:g} and skip_end {high:g}")
+    for each in request.steer:
+        if none_acts(lambda i, n, each=each: each.start <= i / n and (i + 1) / n <= each.end):  # type: ignore[misc]
+            raise BadInput(
+                f"no step of {told} lies from start {each.start:g} to end {each.end:g} of {each.control!r}"
+            )
 
 
 def _walks(request: Request, model: Model, grid: str, steps: int) -> list[int]:
@@ -231,16 +256,18 @@ def _walks(request: Request, model: Model, grid: str, steps: int) -> list[int]:
     first = make_grid(grid, model.schedule, steps)  # how many levels there are does not depend on the size
     whole = request.init is None or "low" in model.family.beside
     strength = 1.0 if whole else request.strength
-    walks = [part(first, strength)] if strength > 0 else []
+    walks = [part(first, strength) if strength > 0 else first[:1]]
     if request.hires is not None:
         second = make_grid(grid, model.schedule, request.hires.steps or steps)
         walks.append(part(second, request.hires.strength))
-    return [len(levels) - 1 for levels in walks] or [0]
+    return [len(levels) - 1 for levels in walks]
 
 
 def _check_guidance(request: Request, model: Model, scale: float, walks: list[int]) -> None:
     """Refuse what guidance would leave without effect."""
     kind, title = model.family.guidance, model.family.title
+    if model.family.classes and request.label is None and scale != 1.0:
+        raise BadInput(f"guidance {scale:g} of {title} needs a label, the class to draw; or use guidance 1")
     if kind == "none" and scale != 1.0:
         raise BadInput(
             f"{title} is drawn without guidance; guidance {scale:g} would do nothing, leave it out"
@@ -267,12 +294,11 @@ def _check_guidance(request: Request, model: Model, scale: float, walks: list[in
 
 
 def _size(request: Request, model: Model) -> tuple[int, int]:
-    """Width and height: as asked, else the init image's (down to a multiple of 8), else the model's own."""
+    """Width and height: as asked, else the init image's (down to whole patches; upscalers larger), else the model's."""
     step = _step(model)
-    if request.init is not None and "low" in model.family.beside:
-        width, height = (round(side * model.latent.stride) // step * step for side in request.init.size)
-    elif request.init is not None:
-        width, height = (max(step, side // step * step) for side in request.init.size)
+    if request.init is not None:
+        larger = round(model.latent.stride) if "low" in model.family.beside else 1
+        width, height = (max(step, side * larger // step * step) for side in request.init.size)
     else:
         width = height = model.defaults.size
     width, height = request.width or width, request.height or height

@@ -78,19 +78,21 @@ class Texts:
             reading.part: Tower(model.networks[reading.part], model.words[reading.part], reading, skip)
             for reading in model.readings
         }
-        self._empty = {part: empty_context(tower) for part, tower in self._towers.items()}
+        self._empty: dict[str, Tensor] = {}
         self._wanted = self._read(settings.prompt, steps, base)
         self._negative = self._read(settings.negative, steps, base)
+        every = [*self._wanted.values(), *self._negative.values()]
+        self._since = [0] * steps
+        for step in range(1, steps):
+            same = all(each[step] is each[step - 1] for each in every)
+            self._since[step] = self._since[step - 1] if same else step
 
     def _read(self, prompt: Prompt, steps: int, base: int | None) -> dict[str, list[Contexts]]:
         return {part: contexts(prompt, tower, steps, base=base) for part, tower in self._towers.items()}
 
     def since(self, step: int) -> int:
         """The first of the steps up to ``step`` (from 0) that read the same."""
-        everything = [*self._wanted.values(), *self._negative.values()]
-        while step and all(each[step] is each[step - 1] for each in everything):
-            step -= 1
-        return step
+        return self._since[step]
 
     def at(self, step: int) -> tuple[tuple[tuple[Said, float], ...], Said]:
         """What to go towards, with weights, and what to go away from, all equally long; ``step`` from 0."""
@@ -113,4 +115,8 @@ class Texts:
         return tuple(zip(wanted, weights, strict=True)), negative
 
     def _long(self, part: str, said: Encoded, length: int) -> Encoded:
+        if said.z.shape[1] == length:
+            return said
+        if part not in self._empty:  # a whole pass through the tower, which few prompts need
+            self._empty[part] = empty_context(self._towers[part])
         return Encoded(z=lengthen(said.z, length, self._empty[part]), pooled=said.pooled)

@@ -151,7 +151,8 @@ def _agreeing(base: Model, refiner: Model, where: Place) -> Model:
     for what, here, there in (
         ("latents", base.latent, refiner.latent),
         ("prediction", base.prediction.name, refiner.prediction.name),
-        ("noise", type(base.schedule), type(refiner.schedule)),
+        ("most noise", base.schedule.noisiest, refiner.schedule.noisiest),
+        ("least noise", base.schedule.least, refiner.schedule.least),
     ):
         if here != there:
             raise BadFile(
