@@ -89,7 +89,7 @@ def _one_of_all(copies: Sequence[Lazy]) -> Lazy:
                 )
         return tensor
 
-    return replace(first, load=load)
+    return first.become(load)
 
 
 def _with_positions(patches: Lazy, index: int) -> Lazy:
@@ -131,7 +131,7 @@ def _without_positions(both: Sequence[Lazy]) -> Lazy:
             )
         return patches.load()
 
-    return replace(patches, load=load)
+    return patches.become(load)
 
 
 def _build(shapes: Shapes) -> nn.Module:

@@ -8,6 +8,7 @@ no published one, and is not guessed at; beside the model that it belongs to it 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from sumuk.families.cascade_parts import IMAGE
@@ -15,7 +16,7 @@ from sumuk.families.family import FAMILIES, Arrangement, Kind, Part, Shapes
 from sumuk.families.openclip import EXTRAS, OPENCLIP_G, OPENCLIP_H
 from sumuk.families.sd import POSITIONS
 from sumuk.families.sd3 import CLIP_G, CLIP_L, T5
-from sumuk.files.layout import Rule, ignore
+from sumuk.files.layout import Rule, ignore, rename
 
 ALONE = "single network, names of the transformers library"
 OPENCLIP_ALONE = "single network, OpenCLIP's names"
@@ -56,6 +57,35 @@ def _below(part: Part, prefix: str, dialect: str = "original", *more: str) -> Ar
         parts=((part, prefix),),
         ignored=_ignored(prefix, *more),
     )
+
+
+T5_BLOCK = (
+    ("attn_q", "layer.0.SelfAttention.q"),
+    ("attn_k", "layer.0.SelfAttention.k"),
+    ("attn_v", "layer.0.SelfAttention.v"),
+    ("attn_o", "layer.0.SelfAttention.o"),
+    ("attn_rel_b", "layer.0.SelfAttention.relative_attention_bias"),
+    ("attn_norm", "layer.0.layer_norm"),
+    ("ffn_gate", "layer.1.DenseReluDense.wi_0"),
+    ("ffn_up", "layer.1.DenseReluDense.wi_1"),
+    ("ffn_down", "layer.1.DenseReluDense.wo"),
+    ("ffn_norm", "layer.1.layer_norm"),
+)
+"""Parts of a block: llama.cpp, T5."""
+T5_LLAMA = (
+    rename("token_embd.weight", "shared.weight"),
+    rename("enc.output_norm.weight", "encoder.final_layer_norm.weight"),
+    *(
+        rename(f"enc.blk.{{i}}.{theirs}.weight", f"encoder.block.{{i}}.{ours}.weight")
+        for theirs, ours in T5_BLOCK
+    ),
+)
+LLAMA = Arrangement(
+    name="gguf",
+    title="single network, names of llama.cpp",
+    dialect="diffusers",  # the one of a part that is not its original
+    parts=((replace(T5, diffusers=lambda names: T5_LLAMA), ""),),
+)
 
 
 def _recognise(part: Part, width: int, shapes: Shapes) -> str | None:
@@ -178,6 +208,7 @@ T5_KIND = Kind(
     architecture="t5",
     arrangements=(
         _bare(T5),
+        LLAMA,
         _below(T5, "text_encoders.t5xxl.transformer."),
         _below(T5, "text_encoder_2/"),
         _below(T5, "text_encoder_3/"),

@@ -140,7 +140,7 @@ def swap_halves(foreign: str, native: str) -> Rule:
 
     def swapped(one: Lazy) -> Lazy:
         half = _rows(one, [1, 1])[1]
-        return replace(one, load=lambda: one.load().roll(half, 0))
+        return one.become(lambda: one.load().roll(half, 0))
 
     return _single(foreign, native, swapped, swapped)
 
@@ -153,7 +153,7 @@ def transpose(foreign: str, native: str) -> Rule:
             raise BadFile(
                 f"{foreign!r} should be a matrix, but has the shape {list(one.shape)}", "layout.shape"
             )
-        return replace(one, shape=one.shape[::-1], load=lambda: one.load().t())
+        return one.become(lambda: one.load().t(), shape=one.shape[::-1])
 
     return _single(foreign, native, turned, turned)
 
@@ -176,7 +176,7 @@ def _single(foreign: str, native: str, read: Callable[[Lazy], Lazy], write: Call
 
 
 def _reshaped(one: Lazy, shape: Shape) -> Lazy:
-    return replace(one, shape=shape, load=lambda: one.load().reshape(shape))
+    return one.become(lambda: one.load().reshape(shape), shape=shape)
 
 
 def _rows(stack: Lazy, parts: Sequence[int]) -> list[int]:
@@ -207,11 +207,11 @@ def _stacked(parts: Sequence[int]) -> Cut:
 
             return torch.cat([one.load() for one in group])
 
-        return replace(first, shape=(sum(heights), *first.shape[1:]), load=load)
+        return first.become(load, shape=(sum(heights), *first.shape[1:]))
 
     def part(stack: Lazy, index: int) -> Lazy:
         begin, end = _rows(stack, parts)[index : index + 2]
-        return replace(stack, shape=(end - begin, *stack.shape[1:]), load=lambda: stack.load()[begin:end])
+        return stack.become(lambda: stack.load()[begin:end], shape=(end - begin, *stack.shape[1:]))
 
     return Cut(join, part)
 

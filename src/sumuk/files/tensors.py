@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -28,31 +28,61 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """How a tensor is stored where that takes fewer bits than its numbers: quantised, in blocks, with scales.
+
+    Attributes:
+        scheme: its usual name: ``Q4_K``, ``NF4``, ``F8_E4M3 scaled``.
+        size: bytes that it takes as it is stored.
+        stored: reads what is stored, by names of its own (``blocks``, ``scale``).
+        expand: what is stored, and a floating-point type, to the numbers in the tensor's shape.
+    """
+
+    scheme: str
+    size: int
+    stored: Callable[[], dict[str, Tensor]] = field(repr=False, compare=False)
+    expand: Callable[[Mapping[str, Tensor], torch.dtype], Tensor] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Lazy:
     """A tensor that can be had.
 
     Attributes:
         shape: sizes, outermost first.
-        dtype: name as in safetensors files (``"F16"``).
+        dtype: name as in safetensors files (``"F16"``) of what ``load`` gives.
         load: reads it.
         source: the file that it comes from, for messages.
+        packed: how it is stored if that is not one of those types; None: it is.
     """
 
     shape: Shape
     dtype: str
     load: Callable[[], Tensor] = field(repr=False, compare=False)
     source: str = field(default="", compare=False)
+    packed: Packed | None = None
 
     @property
     def parameters(self) -> int:
         """Number of elements."""
         return prod(self.shape)
 
+    @property
+    def stored(self) -> str:
+        """How its numbers lie in the file: the scheme that it is packed in, else its type."""
+        return self.dtype if self.packed is None else self.packed.scheme
+
+    def become(
+        self, load: Callable[[], Tensor], *, shape: Shape | None = None, dtype: str | None = None
+    ) -> Lazy:
+        """Another tensor that is made of this one, with the same origin."""
+        return Lazy(self.shape if shape is None else shape, dtype or self.dtype, load, self.source)
+
     def cast(self, dtype: torch.dtype) -> Lazy:
         """The same numbers as another floating-point type; whole numbers stay as they are."""
         if not self.dtype.startswith(("F", "BF")) or self.dtype == dtype_name(dtype):
             return self
-        return replace(self, dtype=dtype_name(dtype), load=lambda: self.load().to(dtype))
+        return self.become(lambda: self.load().to(dtype), dtype=dtype_name(dtype))
 
 
 Tensors = dict[str, Lazy]
