@@ -6,8 +6,10 @@ What the loader does for a model it does the same for every guest of one.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from sumuk.families.family import Part
 from sumuk.files import layout
 from sumuk.files.gaps import gaps
 from sumuk.files.tensors import Lazy, Shape, Tensors
+from sumuk.nets.packed import pack, packable, packed_weights
 from sumuk.weights.inspect import Opened
 
 Place = str | os.PathLike[str]
@@ -115,11 +118,56 @@ def refuse_leftovers(origin: Opened, ignored: Sequence[str]) -> None:
     replace(moved, unknown=[]).refuse_leftovers(str(origin.source.path))
 
 
-def fill(network: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the tensors into the network, each in the target's dtype and place."""
-    state = {}
+def fill(
+    network: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype, keep: bool = False
+) -> None:
+    """Put the tensors into the network, each in the target's dtype and place.
+
+    Args:
+        network: as :func:`build` made it.
+        tensors: by the network's names.
+        device: where to.
+        dtype: of all floating-point numbers.
+        keep: leave weights packed that are quantised and whose layer can expand them in each forward, which takes less
+            memory and more time. The network computes the same, bit for bit.
+    """
+    state: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        value = tensor.load()
-        state[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        if tensor.packed is not None and keep and packable(network, name):
+            state |= pack(network, name, tensor.packed, device, dtype)
+        elif tensor.packed is not None:
+            stored = {key: value.to(device) for key, value in tensor.packed.stored().items()}
+            state[name] = tensor.packed.expand(stored, dtype)
+        else:
+            value = tensor.load()
+            state[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a network keeps packed, and what that saves.
+
+    Attributes:
+        weights: how many weights are packed, by scheme.
+        packed: bytes that they take.
+        expanded: bytes that they would take in the network's dtype.
+        total: bytes of the whole network as it is.
+    """
+
+    weights: Mapping[str, int]
+    packed: int
+    expanded: int
+    total: int
+
+
+def kept(network: nn.Module) -> Kept:
+    """Count what :func:`fill` left packed in a network."""
+    all_packed = packed_weights(network).values()
+    return Kept(
+        weights=dict(Counter(weight.scheme for weight in all_packed)),
+        packed=sum(weight.size for weight in all_packed),
+        expanded=sum(prod(weight.shape) * weight.dtype.itemsize for weight in all_packed),
+        total=sum(value.nbytes for value in (*network.parameters(), *network.buffers())),
+    )
