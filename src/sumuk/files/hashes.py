@@ -27,6 +27,12 @@ class Hashes:
     autov2: str
     autov3: str | None
 
+    @property
+    def line(self) -> str:
+        """All of them, for people."""
+        third = f", AutoV3 {self.autov3}" if self.autov3 else ""
+        return f"AutoV2 {self.autov2}{third}, SHA-256 {self.sha256}"
+
 
 def hashes(path: str | os.PathLike[str], progress: Progress | None = None) -> Hashes:
     """Hash a file, a megabyte at a time.

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sumuk.base.errors import BadFile, nearest
@@ -38,10 +39,9 @@ class Pattern:
     match: Callable[[str], re.Match[str] | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        pieces = re.split(r"(\{\w+\}|\*$)", self.text)
-        regex = "".join(map(_regex, pieces))
-        object.__setattr__(self, "head", pieces[0])
-        object.__setattr__(self, "match", re.compile(regex, re.DOTALL).fullmatch)
+        head, match = _compiled(self.text)
+        object.__setattr__(self, "head", head)
+        object.__setattr__(self, "match", match)
 
     def read(self, name: str) -> dict[str, str] | None:
         """What stands at each place of ``name``, None if it does not fit."""
@@ -51,6 +51,13 @@ class Pattern:
     def fill(self, places: Mapping[str, str]) -> str:
         """The name with these things at its places."""
         return re.sub(r"\{(\w+)\}|\*$", lambda piece: places[piece[1] or "rest"], self.text)
+
+
+@lru_cache(maxsize=1 << 16)  # the same few thousand patterns are made for every header that is looked at
+def _compiled(text: str) -> tuple[str, Callable[[str], re.Match[str] | None]]:
+    """What a pattern begins with, and its match."""
+    pieces = re.split(r"(\{\w+\}|\*$)", text)
+    return pieces[0], re.compile("".join(map(_regex, pieces)), re.DOTALL).fullmatch
 
 
 def _regex(piece: str) -> str:

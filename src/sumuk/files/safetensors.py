@@ -26,14 +26,15 @@ from typing import Any, NoReturn
 
 from sumuk.base.errors import BadFile, MissingFile
 
-MAX_HEADER = 100_000_000
-"""Longest header in bytes; the format's own limit."""
-MAX_TENSORS = 100_000
-"""Ten times what the largest published checkpoint holds; a million empty tensors would cost seconds to read.
-"""
+MAX_HEADER = 16 * 2**20
+"""Longest header in bytes. The format allows 100 MB, which would take 300 MB of memory to read."""
+MAX_TENSORS = 50_000
+"""Five times what the largest published checkpoint holds; a million empty tensors would cost seconds to read."""
 MAX_NAME = 500
 MAX_METADATA = 10_000
 MAX_DIMENSIONS = 64
+MAX_ROOM = 60 * 2**20
+"""Bytes of memory that the text of a JSON document may take while it is parsed."""
 
 BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -45,6 +46,8 @@ BITS: Mapping[str, int] = {
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_WIDE = re.compile(rb"[\xf0-\xf4]|\\u[dD][89abAB]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,12 @@ def regular(path: str | os.PathLike[str]) -> Path:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
         folder = str(path.absolute().parent)
-        raise MissingFile(f"no file {path.name!r} in {folder!r}{reason}") from None
+        raise MissingFile(f"no file {shown(path.name)} in {folder!r}{reason}") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise BadFile(f"{path}: is {kind}; give a .safetensors file", "file.kind")
+        raise BadFile(f"{path}: is {kind}; give a weight file", "file.kind")
     return path
 
 
@@ -134,9 +137,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         _refuse(path, "changed", "changed while it was read; wait until it is complete")
     if raw[:1] != b"{":
         _refuse(path, "start", f"header starts with {raw[:8]!r} instead of '{{'{_mistaken(first)}")
-    # Counted before parsing, as parsing a million entries is what takes the time.
-    if raw.count(b'"data_offsets"') > MAX_TENSORS:
-        _refuse(path, "count", f"holds {raw.count(b'data_offsets')} tensors, above {MAX_TENSORS}")
+    if too_much := swells(raw):
+        _refuse(path, "count", f"header {too_much}")
     table = _parse(path, raw)
     metadata = _metadata(path, table.pop("__metadata__", {}))
     if len(table) > MAX_TENSORS:
@@ -153,11 +155,33 @@ def _refuse(path: Path, code: str, what: str) -> NoReturn:
 def _mistaken(first: bytes) -> str:
     """What a file that is no safetensors file probably is."""
     if first[:2] == b"PK" or first[:1] == b"\x80":
-        return "; this is a PyTorch pickle (.ckpt, .pt), which can run code: convert it to safetensors"
+        return "; this is a PyTorch pickle: name it .ckpt or .pt"
     if first[:4] == b"GGUF":
-        return "; this is a GGUF file"
+        return "; this is a GGUF file: name it .gguf"
     if first.lstrip()[:1] == b"<" or first == b"version ":
         return "; this is a text file, perhaps a web page or a Git LFS pointer instead of the weights"
+    return ""
+
+
+def shown(name: str) -> str:
+    """A name from a file for a message, as long as a message may be."""
+    return repr(name if len(name) <= 80 else name[:77] + "...")
+
+
+def swells(raw: bytes) -> str:
+    """Why a JSON document would take far more memory or time to parse than its size explains; "" if it does not.
+
+    An empty table takes thirty times the memory of its brackets, and a single wide letter makes a text four times as
+    large. What stands in texts is counted as well, which real documents have room for.
+    """
+    for piece, most, what in ((b"{", 2, "tables"), (b"[", 4, "lists"), (b",", 20, "values")):
+        if (count := raw.count(piece)) > most * MAX_TENSORS:
+            return f"holds {count} {what}, above {most * MAX_TENSORS}"
+    narrow = raw.isascii() and b"\\u" not in raw
+    width = 1 if narrow else 4 if _WIDE.search(raw) else 2
+    room = len(raw) * (1 + 2 * width)  # itself, its text, and a value that is nearly all of it
+    if room > MAX_ROOM:
+        return f"takes {room} bytes of memory to read, above {MAX_ROOM}"
     return ""
 
 
@@ -166,15 +190,18 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            _refuse(path, "duplicate", f"header names {twice!r} twice")
+            _refuse(path, "duplicate", f"header names {shown(twice)} twice")
         return table
 
     def no_number(text: str) -> NoReturn:
         _refuse(path, "number", f"header holds the number {text[:40]!r}; only whole numbers are allowed")
 
+    raw = raw.rstrip(b" ")  # nothing else may follow the table, though the parser would pass over line breaks
+    if not raw.endswith(b"}"):
+        _refuse(path, "json", f"header ends with {raw[-8:]!r} instead of '}}'")
     try:
         table = json.loads(
-            raw.rstrip(b" ").decode("utf-8"),
+            raw.decode("utf-8"),
             object_pairs_hook=once,
             parse_float=no_number,
             parse_constant=no_number,
@@ -198,33 +225,35 @@ def _metadata(path: Path, table: object) -> dict[str, str]:
         _refuse(path, "metadata", f"__metadata__ has {len(table)} entries, above {MAX_METADATA}")
     for key, value in table.items():
         if not isinstance(value, str):
-            _refuse(path, "metadata", f"metadata {key[:80]!r} is {type(value).__name__}, not a text")
+            _refuse(path, "metadata", f"metadata {shown(key)} is {type(value).__name__}, not a text")
+        if _SURROGATE.search(key) or _SURROGATE.search(value):
+            _refuse(path, "metadata", f"metadata {shown(key)} holds half a letter (a lone surrogate)")
     return table
 
 
 def _entry(path: Path, name: str, entry: object) -> TensorInfo:
-    shown = name if len(name) <= 80 else name[:77] + "..."
+    what = f"tensor {shown(name)}"
     if not name or len(name) > MAX_NAME or _CONTROL.search(name):
-        _refuse(path, "name", f"tensor name {shown!r} is empty, above {MAX_NAME} characters or not printable")
+        _refuse(path, "name", f"{what}: its name is empty, above {MAX_NAME} characters or not printable")
     if name[0] in "/\\" or ".." in re.split(r"[/\\]", name):
-        _refuse(path, "name", f"tensor name {shown!r} is a path out of its folder")
+        _refuse(path, "name", f"{what}: its name is a path out of its folder")
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         fields = sorted(entry)[:8] if isinstance(entry, dict) else type(entry).__name__
-        _refuse(path, "fields", f"tensor {shown!r} has the fields {fields}, not {sorted(_FIELDS)}")
+        _refuse(path, "fields", f"{what} has the fields {fields!s:.120}, not {sorted(_FIELDS)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        _refuse(path, "dtype", f"tensor {shown!r} has the unknown dtype {dtype!r:.40}")
+        _refuse(path, "dtype", f"{what} has the unknown dtype {dtype!r:.40}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        _refuse(path, "shape", f"tensor {shown!r} has the shape {shape!r:.80}")
+        _refuse(path, "shape", f"{what} has the shape {shape!r:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        _refuse(path, "offsets", f"tensor {shown!r} has the offsets {offsets!r:.80}")
+        _refuse(path, "offsets", f"{what} has the offsets {offsets!r:.80}")
     begin, end = offsets
     if begin > end:
-        _refuse(path, "offsets", f"tensor {shown!r} ends at {end} before it begins at {begin}")
+        _refuse(path, "offsets", f"{what} ends at {end} before it begins at {begin}")
     bits = prod(shape) * BITS[dtype]
     if bits != 8 * (end - begin):
-        need = f"{bits / 8:g} bytes, not {end - begin}"
-        _refuse(path, "size", f"tensor {shown!r} of {dtype} {shape} needs {need}")
+        need = f"{bits / 8:g} bytes" if bits < 2**66 else "more than 2^63 bytes"
+        _refuse(path, "size", f"{what} of {dtype} {shape!s:.80} needs {need}, not {end - begin}")
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
@@ -237,9 +266,11 @@ def _contiguous(path: Path, tensors: Mapping[str, TensorInfo], size: int) -> Non
     at = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin < at:
-            _refuse(path, "overlap", f"tensor {name!r} begins at {info.begin}, but another ends at {at}")
+            _refuse(path, "overlap", f"tensor {shown(name)} begins at {info.begin}, but another ends at {at}")
         if info.begin > at:
-            _refuse(path, "hole", f"bytes {at} to {info.begin}, before tensor {name!r}, belong to no tensor")
+            _refuse(
+                path, "hole", f"bytes {at} to {info.begin}, before tensor {shown(name)}, belong to no tensor"
+            )
         at = info.end
     if at > size:
         _refuse(path, "truncated", f"is cut off: its tensors need {at} bytes, not {size}; fetch it again")

@@ -97,14 +97,14 @@ def from_header(header: Header) -> Tensors:
     """The tensors of a safetensors file whose header was read and checked; the file is mapped at the first
     load.
     """
-    reader = _Reader(header)
+    reader = Reader(header)
     return {
         name: Lazy(info.shape, info.dtype, partial(reader.get, name), str(header.path))
         for name, info in header.tensors.items()
     }
 
 
-class _Reader:
+class Reader:
     """One mapped file, opened when first needed."""
 
     def __init__(self, header: Header) -> None:
@@ -186,7 +186,8 @@ def _bytes(name: str, entry: Lazy) -> memoryview:
 
 
 @lru_cache(maxsize=1)
-def _dtypes() -> dict[str, torch.dtype]:
+def dtypes() -> dict[str, torch.dtype]:
+    """Types by the names that safetensors files give them."""
     import torch
 
     return {
@@ -204,7 +205,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     Raises:
         BadInput: the format does not hold it.
     """
-    for name, known in _dtypes().items():
+    for name, known in dtypes().items():
         if known == dtype:
             return name
     raise BadInput(f"safetensors files cannot hold {dtype}")

@@ -46,6 +46,9 @@ SCORE_SDE = {
 """The diffusers library's names of score-SDE's noise, and of its two ends."""
 CONTINUOUS: dict[str, Callable[[float, float], Schedule]] = {"ve": VarianceExploding, "vp": ContinuousVP}
 
+SMALL = ("F8", "F4", "F6", "U8", "I8", "Q", "IQ", "NF4", "FP4")
+"""Beginnings of types and schemes of at most 8 bits."""
+
 BETAS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 """What a scheduler configuration says of the noise that the network was trained with."""
 
@@ -360,7 +363,7 @@ def _count(opened: Opened, kind: Kind) -> int:
 
 
 def _part(name: str, title: str, own: Mapping[str, Lazy]) -> FoundPart:
-    dtypes = dict(Counter(tensor.dtype for tensor in own.values()).most_common())
+    dtypes = dict(Counter(tensor.stored for tensor in own.values()).most_common())
     return FoundPart(name, title, len(own), sum(tensor.parameters for tensor in own.values()), dtypes)
 
 
@@ -399,5 +402,5 @@ def _warnings(found: Found) -> Iterator[str]:
         yield f"it lacks {len(found.incomplete)} tensors that it should have: {lost}; load() refuses it"
     if found.extra:
         yield f"{len(found.extra)} tensors have no place in it: {some(found.extra)}; load() refuses it"
-    if any(dtype.startswith(("F8", "F4", "F6", "U8", "I8")) for part in found.parts for dtype in part.dtypes):
+    if any(dtype.startswith(SMALL) for part in found.parts for dtype in part.dtypes):
         yield "some of its numbers are stored in 8 bits or fewer"

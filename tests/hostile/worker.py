@@ -1,0 +1,296 @@
+"""The process that hostile files are opened in, one after the other; it tells what came of each and what it cost.
+
+A line of JSON comes in for each file and one goes out. What Python does meanwhile that could do harm (another process,
+a socket, a file that is written, made, moved or removed, a library that is loaded by name) is heard by an audit hook
+and told; the one process that is allowed is our own reader of pickles. Memory is the highest resident size since the
+file was begun, against that before; time is that of the processor, children included.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+HARM = (
+    "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "pty.spawn",
+    "subprocess.Popen", "socket.", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink",
+    "os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr", "os.kill", "shutil.", "tempfile.", "sqlite3.",
+    "ctypes.dlopen", "ctypes.dlsym", "urllib.Request", "webbrowser.open", "ftplib.", "smtplib.", "pickle.find_class",
+)  # fmt: skip
+"""Events of the audit hook, or how they begin."""
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+LIMIT = 3 * 2**30
+"""Bytes of addresses beyond those at the start: a bomb that goes off shall not take the machine with it."""
+
+
+class Ear:
+    """Hears what Python does while it is armed."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.deeds: list[str] = []
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.armed:
+            return
+        self.armed = False  # what is done to tell of it is not told
+        if event == "open":
+            path, mode, flags = arguments
+            writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & WRITING
+            if writes and not isinstance(path, int) and path != os.devnull:
+                self.deeds.append(f"open {path!r} {mode!r} {flags}")
+        elif event.startswith(HARM) and not self._ours(event, arguments):
+            self.deeds.append(f"{event} {arguments!r:.200}")
+        self.armed = True
+
+    @staticmethod
+    def _ours(event: str, arguments: tuple[Any, ...]) -> bool:
+        from sumuk.files import pickle_child
+
+        if event != "subprocess.Popen":
+            return False
+        program, words = arguments[0], arguments[1]
+        own = [sys.executable, "-I", "-S", "-B", str(Path(pickle_child.__file__).resolve())]
+        return program == sys.executable and list(words[:5]) == own
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        self.armed = True
+        try:
+            yield
+        finally:
+            self.armed = False
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """While the attacker acts."""
+        before, self.armed = self.armed, False
+        yield
+        self.armed = before
+
+
+EAR = Ear()
+
+
+# -- readers: a path to what was said of it ----------------------------------------------------------------------------
+
+
+def look(path: str) -> list[str]:
+    from sumuk.weights import inspect
+
+    found = inspect.open(path)
+    return [*found.warnings, *found.notes]
+
+
+def check(path: str) -> list[str]:
+    from sumuk.weights.checking import check as read_all
+
+    return list(read_all(path).warnings)
+
+
+def command(path: str, *more: str) -> tuple[int, str, str]:
+    """``sumuk inspect`` as the shell calls it: exit code, output, errors."""
+    from sumuk.cli.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main(["inspect", path, *more])
+        except SystemExit as end:
+            code = end.code or 0
+    return int(code), out.getvalue(), err.getvalue()
+
+
+def load(path: str) -> list[str]:
+    from sumuk.weights.checkpoint import load as whole
+
+    whole(path)
+    return []
+
+
+@cache
+def model() -> Any:
+    from examples import zoo
+
+    return zoo.tiny("sd1/text-to-image")
+
+
+def lora(path: str) -> list[str]:
+    from sumuk.weights.live import wear
+
+    wear(path, model())
+    return []
+
+
+def embedding(path: str) -> list[str]:
+    from sumuk.weights.embedding import read_embedding
+
+    read_embedding(path, model().family, {"text": 768})
+    return []
+
+
+def shelf(path: str) -> list[str]:
+    from sumuk.weights.shelf import Shelf
+
+    place = Shelf(Path(path).parent, Path(os.devnull))
+    return [place.find(Path(path).stem).title]
+
+
+def race(path: str, attack: str, when: str) -> list[str]:
+    """Two tensors, and what somebody does to the file before the second is read."""
+    from sumuk.weights.checking import check as read_all
+    from sumuk.weights.source import read
+
+    if when == "check":
+        read_all(path, lambda done, _: done == 1 and attacked(path, attack))
+        return []
+    tensors = read(path).tensors
+    if when == "late":
+        tensors["a"].load().sum()
+    attacked(path, attack)
+    tensors["b"].load().sum()
+    return []
+
+
+def attacked(path: str, attack: str) -> None:
+    with EAR.deaf():
+        size = Path(path).stat().st_size
+        if attack == "removed":
+            Path(path).unlink()
+        elif attack == "replaced":
+            other = Path(path).with_name("other")
+            other.write_bytes(bytes(size))
+            other.replace(path)
+        elif attack == "grown":
+            with Path(path).open("ab") as file:
+                file.write(b"x")
+        elif attack == "rewritten":
+            with Path(path).open("r+b") as file:
+                file.seek(size - 8)
+                file.write(b"x" * 8)
+        else:
+            os.truncate(path, 0 if attack == "emptied" else size // 3)
+
+
+READERS: dict[str, Callable[..., Any]] = {
+    "open": look,
+    "check": check,
+    "inspect": command,
+    "load": load,
+    "lora": lora,
+    "embedding": embedding,
+    "shelf": shelf,
+    "race": race,
+}
+LIGHT = ("open", "inspect", "shelf")
+"""Those that need no torch."""
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+
+def high_water(reset: bool = False) -> int:
+    """The most KiB that this process has had in memory since it was last reset; 0 where the system does not tell."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    except (OSError, StopIteration):
+        return 0
+
+
+def children() -> tuple[float, int]:
+    """Seconds of the processor that children took, and the most KiB that any of them had."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime, used.ru_maxrss
+
+
+def opened(reader: str, path: str) -> dict[str, Any]:
+    """Open one file; what came of it."""
+    from sumuk.base.errors import SumukError
+
+    name, *more = reader.split()
+    EAR.deeds.clear()
+    gc.collect()
+    before, (child_before, _) = high_water(reset=True), children()
+    began, cpu = time.perf_counter(), time.process_time()
+    said: dict[str, Any] = {"error": "", "code": "", "message": "", "said": []}
+    with EAR.listening():
+        try:
+            said["said"] = READERS[name](path, *more)
+        except SumukError as error:
+            code = getattr(error, "code", "missing" if isinstance(error, FileNotFoundError) else "input")
+            said |= {"error": type(error).__name__, "code": code, "message": str(error)}
+        except Exception:
+            said |= {"error": "crash", "message": traceback.format_exc()}
+    seconds, child = children()
+    return said | {
+        "wall": time.perf_counter() - began,
+        "cpu": time.process_time() - cpu + seconds - child_before,
+        "kib": high_water() - before,
+        "child_kib": child,
+        "deeds": list(EAR.deeds),
+        "torch": "torch" in sys.modules,
+    }
+
+
+def limit() -> None:
+    """Bound the addresses that this process may take."""
+    try:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (taken + LIMIT, taken + LIMIT))
+
+
+def warm(reader: str, good: list[str]) -> None:
+    """Do once what only the first file pays for: imports, caches."""
+    for path in good:
+        look(path)
+        command(path)
+    if reader == "heavy":
+        import torch
+
+        torch.set_num_threads(1)
+        model()
+        for path in good:
+            check(path)
+
+
+def main(kind: str, good: list[str]) -> None:
+    """Answer until there is nothing more to read.
+
+    Args:
+        kind: ``light`` or ``heavy``, which knows torch.
+        good: files that every worker opens at first, and again when it is asked for ``good``.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warm(kind, good)
+    limit()
+    print(json.dumps({"pid": os.getpid(), "high": high_water()}), file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked["reader"] == "good":
+            told: Any = [opened("open", path) for path in good]
+        else:
+            told = opened(asked["reader"], asked["path"])
+        print(json.dumps(told), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
