@@ -49,3 +49,11 @@ def test_messages_are_what_was_said():
 )
 def test_nearest(name: str, hint: str):
     assert nearest(name, {"euler": 1, "ddim": 2}) == hint
+
+
+def test_a_long_list_of_names_is_cut_at_a_name():
+    names = [f"setting_{number:03d}" for number in range(60)]
+    hint = nearest("zzz", names)
+    assert hint.endswith(" and 37 more") and len(hint) < 340
+    shown = hint.removeprefix("; known: ").removesuffix(" and 37 more").split(", ")
+    assert shown == names[:23]

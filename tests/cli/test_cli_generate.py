@@ -63,7 +63,7 @@ def test_every_flag_reaches_the_request(call: Call, model_file: Path, photo: Pat
         "solver": "euler-ancestral", "grid": "karras", "eta": 0.5, "guidance": 3.0, "rescale": 0.25,
         "guidance_start": 0.1, "guidance_end": 0.9, "seed": 5, "variation_seed": 6, "variation": 0.5, "count": 1,
         "clip_skip": 2, "strength": 0.5, "mask": None, "mask_blur": 2, "preview": 0,
-        "label": None, "original": None, "crop": None, "hint": None, "steer": [],
+        "label": None, "original": None, "crop": None, "hint": None, "steer": [], "loras": [], "hypers": [],
         "like": None, "noise_level": None, "quick": False,
         "skip_layers": [], "skip_scale": 2.5, "skip_start": 0.01, "skip_end": 0.2,
         "decoder_steps": None, "decoder_guidance": None, "refiner_start": None,

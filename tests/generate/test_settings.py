@@ -38,8 +38,7 @@ def test_names_become_canonical(model: Model):
         ({"grid": "karas"}, "did you mean 'karras'?"),
         ({"grid": ""}, "unknown"),
         ({"solver": "euler", "eta": 0.5}, "solver 'euler' has no eta; leave it out or take one of "),
-        ({"prompt": "a <lora:fox:1>"}, "<lora:fox> names an extra network, which cannot be applied yet"),
-        ({"negative": "<lora:fox:1>"}, "<lora:fox> names an extra network"),
+        ({"prompt": "a <lora:fox:1>"}, "the model was loaded without a LoRA 'fox'"),
         ({"prompt": "a (fox:x1.2.3)" + "(" * 100}, "brackets are nested deeper"),
         ({"clip_skip": 3}, "clip_skip 3 is more than the 2 layers of this model's text tower"),
         ({"width": 8192, "height": 8192}, "8192 x 8192 pixels; at most 16,777,216 are drawn"),
@@ -71,7 +70,7 @@ def test_every_field_has_a_reason_to_be_here():
         "guidance_start", "guidance_end", "skip_layers", "skip_scale", "skip_start", "skip_end",
         "seed", "variation_seed", "variation", "count", "clip_skip", "label",
         "original", "crop", "decoder_steps", "decoder_guidance", "refiner_start", "hint", "like", "noise_level",
-        "steer", "init", "strength", "mask", "mask_blur", "hires", "quick", "preview",
+        "steer", "loras", "hypers", "init", "strength", "mask", "mask_blur", "hires", "quick", "preview",
     }  # fmt: skip
     assert set(Hires.model_fields) == {"scale", "steps", "strength"}
 

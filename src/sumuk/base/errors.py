@@ -49,8 +49,18 @@ class Cancelled(SumukError):
     """The work was stopped on request; what had been written is complete or absent, never half."""
 
 
+LONGEST = 300
+"""Characters of a list of names in one line."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'euler'?`` for a misspelt name, else the list of what is known."""
     names = sorted(known)
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = ", ".join(names)
+    if len(shown) > LONGEST:
+        cut = shown[:LONGEST].rpartition(", ")[0]
+        shown = f"{cut} and {len(names) - cut.count(', ') - 1} more"
+    return f"; known: {shown}"

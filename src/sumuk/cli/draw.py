@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sumuk.base.errors import BadInput, MissingFile, SumukError
+from sumuk.cli.guests import guests_of
 from sumuk.generate import engine
 from sumuk.generate.api import MINIATURE, miniature
 from sumuk.generate.receipt import check_target, read_receipt, save_png
@@ -148,6 +149,8 @@ def run_replay(
     out: Path | None,
     device: str | None,
     controls: dict[str, str] | None,
+    adapters: dict[str, list[str] | None],
+    shelf: Path | None,
 ) -> None:
     """Draw again and say what came of it; exit code 1 when the picture is another one."""
     if out is not None:
@@ -155,12 +158,15 @@ def run_replay(
     drawn, receipt = read_receipt(path)
     request = request_of(receipt, {name: read_image(each) for name, each in _said(pictures).items()})
     machine = receipt["machine"]
+    invited = guests_of(receipt, adapters, shelf)
     how = {
         "device": device or machine["device"],
         "dtype": machine["dtype"],
         "prediction": receipt["model"]["prediction"],
         "ema": receipt["model"]["ema"],
         "controls": controls,
+        # What was applied in part then is so again; the receipt says how much did not fit.
+        **invited.loading([each["name"] for each in receipt.get("adapters", ()) if _in_part(each)]),
     }
     loaded = _load(model or _find(receipt), how)
     verdict = replay(drawn, receipt, loaded, request)
@@ -178,6 +184,11 @@ def run_replay(
         if not verdict.reasons:
             typer.echo("  files, settings and versions are the same; the processor may differ")
         raise typer.Exit(1)
+
+
+def _in_part(adapter: dict[str, Any]) -> bool:
+    account = adapter.get("account")
+    return isinstance(account, dict) and bool(account.get("unmatched") or account.get("misshapen"))
 
 
 def _find(receipt: dict[str, Any]) -> Path:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from sumuk.base.errors import SumukError
+from sumuk.cli import files, loras
 
 app = typer.Typer(
     name="sumuk",
@@ -105,6 +106,33 @@ def generate(
     ] = None,
     refiner: Annotated[Path | None, typer.Option(help="A model that draws the last part (SDXL's).")] = None,
     control: Annotated[list[str] | None, typer.Option(help="NAME=FILE: load a ControlNet.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="[NAME=]FILE[,weight=0.8][,text_weight=..][,blocks=..][,start=0][,end=1]: apply a LoRA."
+        ),
+    ] = None,
+    hypernet: Annotated[
+        list[str] | None, typer.Option(help="[NAME=]FILE[,weight=0.8]: apply a hypernetwork.")
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(help="[NAME=]FILE: a textual inversion that the prompt names.")
+    ] = None,
+    shelf: Annotated[
+        Path | None,
+        typer.Option(help="Folder to find in what the prompt names: <lora:name:0.8>, embeddings."),
+    ] = None,
+    partial: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME of a LoRA that may be applied though only a part of it fits."),
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="FILE of another autoencoder; auto: MODEL.vae.safetensors beside it.")
+    ] = None,
+    packed: Annotated[
+        bool | None,
+        typer.Option("--packed", help="Keep quantised weights as stored: less memory, more work."),
+    ] = None,
     quick: Annotated[
         bool | None, typer.Option("--quick", help="Decode with --part tiny_decoder=FILE (TAESD).")
     ] = None,
@@ -117,7 +145,10 @@ def generate(
 ) -> None:
     """Draw pictures from text, from a picture, or inside a mask."""
     from sumuk.cli.draw import named_files, run_generate, steerings
+    from sumuk.cli.guests import guests, vae_of
 
+    adapters = {"lora": lora, "hypernet": hypernet, "embedding": embedding}
+    invited = guests(adapters, shelf, prompt or "", negative or "", at_home=model is None)
     values = {
         "prompt": prompt,
         "negative": negative,
@@ -155,6 +186,8 @@ def generate(
         "strength": strength,
         "mask": mask,
         "mask_blur": mask_blur,
+        "loras": invited.loras or None,
+        "hypers": invited.hypers or None,
     }
     how = {
         "device": device,
@@ -163,6 +196,9 @@ def generate(
         "parts": named_files(part),
         "controls": named_files(control),
         "refiner": refiner,
+        "vae": vae_of(vae, model),
+        "packed": packed,
+        **invited.loading(partial),
     }
     second = {"scale": hires, "strength": hires_strength, "steps": hires_steps}
     run_generate(out, model, how, mode, values, second)
@@ -182,6 +218,10 @@ def replay(
     control: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE: the ControlNets it was made with.")
     ] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="NAME=FILE: the LoRAs it was made with.")] = None,
+    hypernet: Annotated[list[str] | None, typer.Option(help="NAME=FILE: its hypernetworks.")] = None,
+    embedding: Annotated[list[str] | None, typer.Option(help="NAME=FILE: its embeddings.")] = None,
+    shelf: Annotated[Path | None, typer.Option(help="Folder to find all these in, by their hashes.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write the picture drawn again.")
     ] = None,
@@ -194,7 +234,8 @@ def replay(
 
     pictures = {"init": init, "mask": mask, "hint": hint, "like": like}
     pictures |= {f"steer-{number}": each for number, each in enumerate(steer or (), start=1)}
-    run_replay(image, model, pictures, out, device, named_files(control))
+    adapters = {"lora": lora, "hypernet": hypernet, "embedding": embedding}
+    run_replay(image, model, pictures, out, device, named_files(control), adapters, shelf)
 
 
 @app.command()
@@ -202,11 +243,25 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint file or folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     hashed: Annotated[bool, typer.Option("--hashes", help="Also hashes; this reads the file whole.")] = False,
+    checked: Annotated[
+        bool, typer.Option("--check", help="Also read every number: NaN, infinities, checksums.")
+    ] = False,
 ) -> None:
     """Say what a checkpoint is, from its header alone."""
     from sumuk.cli.tell import run_inspect
 
-    run_inspect(path, as_json, hashed)
+    run_inspect(path, as_json, hashed, checked)
+
+
+@app.command()
+def shelf(
+    folder: Annotated[Path, typer.Argument(help="Folder of model files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the models in a folder: what each of them is."""
+    from sumuk.cli.tell import run_shelf
+
+    run_shelf(folder, as_json)
 
 
 @app.command()
@@ -248,6 +303,10 @@ def demo(
     from sumuk.cli.draw import run_demo
 
     run_demo(out)
+
+
+files.register(app)
+app.add_typer(loras.app, name="lora")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from sumuk.files.hashes import Hashes
 
 if TYPE_CHECKING:
     from sumuk.families.lineage import Known
@@ -47,11 +49,17 @@ def run_solvers() -> None:
 # -- inspect -------------------------------------------------------------------------------------------------------
 
 
-def run_inspect(path: Path, as_json: bool, hashed: bool) -> None:
+def run_inspect(path: Path, as_json: bool, hashed: bool, checked: bool) -> None:
     """What a checkpoint is."""
     from sumuk.weights.inspect import open as look
 
     found = look(path)
+    if checked:
+        from sumuk.weights.checking import check
+
+        sound = check(path)
+        well = (f"all {sound.tensors} tensors were read and are sound",) if not sound.unsound else ()
+        found = replace(found, warnings=(*found.warnings, *sound.warnings), notes=(*found.notes, *well))
     table = found.as_dict(hashed)
     if as_json:
         typer.echo(json.dumps(table, ensure_ascii=False, indent=1))
@@ -125,7 +133,7 @@ def _evidence(found: Found, hashed: Mapping[str, Any] | None) -> Iterator[Row]:
     for file, one in (hashed or {}).items():
         yield (
             "hashes",
-            f"{Path(file).name}: AutoV2 {one['autov2']}, AutoV3 {one['autov3']}, SHA-256 {one['sha256']}",
+            f"{Path(file).name}: {Hashes(**one).line}",
         )
     for key, text in found.metadata.items():
         yield "metadata", f"{key}: {_short(text)}"
@@ -155,6 +163,36 @@ def _short(text: str) -> str:
     """A text of a header; a vocabulary has a hundred thousand characters."""
     more = f" ... ({len(text):,} characters; --json prints them)"
     return text if len(text) <= LONGEST else text[:LONGEST] + more
+
+
+# -- a folder of them ----------------------------------------------------------------------------------------------
+
+
+def run_shelf(folder: Path, as_json: bool) -> None:
+    """What lies in a folder."""
+    from rich.progress import Progress
+
+    from sumuk.weights.shelf import Shelf
+
+    place = Shelf(folder)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("looking", total=None)
+        entries = place.entries(lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json:
+        tables = [asdict(each) | {"path": str(each.path)} for each in entries]
+        typer.echo(json.dumps(tables, ensure_ascii=False, indent=1))
+        return
+    wide = console if console.is_terminal and console.width > WIDTH else Console(width=WIDTH)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("name", "what it is", "megabytes", "where"):
+        table.add_column(title, overflow="fold", justify="right" if title == "megabytes" else "left")
+    for each in entries:
+        where = each.path.parent.relative_to(place.root).as_posix()
+        size = f"{each.size / 1e6:,.1f}"
+        table.add_row(_safe(each.name), _safe(each.title), size, _safe("" if where == "." else where))
+    wide.print(table)
+    for path, why in place.skipped:
+        wide.print(_safe(f"passed over {path.name}: it {why}"))
 
 
 # -- models --------------------------------------------------------------------------------------------------------

@@ -28,13 +28,15 @@ FACTORS = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "a1.weight", "a2.weight", "b1.weight", "b2.weight", "oft_blocks", "rescale", "on_input",
-    "w_norm", "b_norm", "diff", "diff_b", "set_weight", "reshape_weight",
+    "w_norm", "b_norm", "diff", "diff_b", "set_weight", "reshape_weight", "bias_indices", "bias_values", "bias_size",
+    "weight",
 )  # fmt: skip
 """What kohya's and LyCORIS's scripts write of a layer."""
 
 PEFT = ("A", "B", "A.default", "B.default")
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "kohya": FACTORS,
+    "dotted": FACTORS[:-1],  # a plain weight there is a network's
     "peft": (
         *(f"lora_{each}.weight" for each in PEFT), "lora_B.bias", "lora_B.default.bias", "alpha", "dora_scale",
         "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight",
@@ -62,7 +64,7 @@ HALVES = (
 ``lokr``."""
 
 OTHER = dict(HALVES) | {second: first for first, second in HALVES}
-WHOLE = ("diff", "w_norm", "oft_blocks", "lokr_w1", "set_weight", "a1.weight")
+WHOLE = ("diff", "w_norm", "oft_blocks", "lokr_w1", "set_weight", "a1.weight", "on_input")
 """Factors that stand by themselves."""
 
 READERS = ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight", "hada_w1_b", "diff",
@@ -75,6 +77,7 @@ MOST_FACTORS = 20_000
 DOTTED = ("unet.*", "transformer.*", "text_encoder.*", "text_encoder_2.*", "text_encoder_3.*", "base_model.model.*",
           "diffusion_model.*", "prior.*")  # fmt: skip
 LEVELS = ("down_blocks.*", "mid_block.*", "up_blocks.*")
+DEPTHS = ("transformer_blocks.*", "single_transformer_blocks.*")
 BFL = ("img_in.*", "txt_in.*", "time_in.*", "vector_in.*", "guidance_in.*", "double_blocks.*", "single_blocks.*",
        "final_layer.*")  # fmt: skip
 
@@ -90,7 +93,8 @@ LORA_FILES = (
         *(f"lora_{net}_*" for net in ("unet", "te", "te1", "te2", "te3", "transformer", "prior_unet", "prior_te")),
         "lycoris_*", "bundle_emb.*",
     ),
-    _spelt("peft", "PEFT's names, as diffusers writes them today", *DOTTED),
+    _spelt("dotted", "LyCORIS's factors on names with dots, as ComfyUI writes them", *DOTTED, "text_encoders.*"),
+    _spelt("peft", "PEFT's names, as diffusers writes them today", *DOTTED, *LEVELS, *DEPTHS),
     _spelt("diffusers", "names of diffusers up to 0.21", *DOTTED),
     _spelt("processor", "names of the first diffusers with LoRA", *DOTTED, *LEVELS),
     _spelt("xlabs", "XLabs's names", "double_blocks.{i}.processor.*", "single_blocks.{i}.processor.*"),

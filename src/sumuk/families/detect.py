@@ -38,7 +38,10 @@ whose network nobody knows, the autoencoder is not all. A network without its ke
 file on."""
 
 LARGEST = 20_000
-"""Tensors of a file that is searched for a network without its key; no published one has as many."""
+"""Tensors of a file that is looked at; no published one has half as many, and the work grows with their number."""
+
+LARGE = 6_000
+"""Tensors of a file that is searched for a network without its key as well, which asks every kind of network."""
 
 REASONS = 4
 """Reasons in one line."""
@@ -132,6 +135,8 @@ def detect(tensors: Mapping[str, Lazy], among: Sequence[Kind] | None = None) -> 
         among: families to consider, all by default.
     """
     kinds = families() if among is None else among
+    if len(tensors) > LARGEST:
+        return Unknown(f"it has {len(tensors):,} tensors; files of at most {LARGEST:,} are looked at")
     file = _File(tensors)
     tried = _candidates(file, kinds)
     fit = [each for each in tried if each.reason is None]
@@ -216,7 +221,7 @@ class _File:
     def keyless(self, kinds: Sequence[Kind]) -> tuple[int, str]:
         """A kind's first network that is there but for its key: how many tensors, and what to say of it."""
         found: list[tuple[int, str, str, str]] = []
-        for kind in kinds if len(self.tensors) <= LARGEST else ():
+        for kind in kinds if len(self.tensors) <= LARGE else ():
             for arrangement in kind.arrangements:
                 for part, prefix in arrangement.parts[:1]:
                     own = self.part(part, prefix, arrangement.dialect)

@@ -31,6 +31,7 @@ from sumuk.generate.pixels import to_mask, to_pixels
 from sumuk.generate.request import Request
 from sumuk.generate.settings import Settings
 from sumuk.generate.text import Said, Texts
+from sumuk.generate.wear import NOTHING, Outfit
 from sumuk.nets.clip_vision import clip_pixels
 from sumuk.weights.model import Model, Stage
 
@@ -49,13 +50,16 @@ class Condition:
     """Settings of the forward that hold for the whole batch (which layers to skip)."""
     steered: tuple[Steering, ...] = ()
     """ControlNets at work."""
+    outfit: Outfit = NOTHING
+    """LoRAs and hypernetworks at work."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Rows with equal keys can share a forward."""
         shapes = tuple((name, value.shape) for name, value in self.inputs.items())
         beside = None if self.beside is None else self.beside.shape
-        return (self.network, shapes, beside, self.options, tuple(each.key for each in self.steered))
+        guests = (tuple(each.key for each in self.steered), self.outfit.key)
+        return (self.network, shapes, beside, self.options, *guests)
 
     def widen(self, x: Tensor) -> Tensor:
         return x if self.beside is None else torch.cat([x, self.beside], dim=1)
@@ -201,11 +205,14 @@ class _Conditions:
         name = self._network(step)
         texts = self._steered[name].texts
         here, there = (self._acting(name, step, negative) for negative in (False, True))
-        key = (name, texts.since(step), here, there)
+        outfit = self._walk.settings.wardrobe.on_network(name, step, len(self._grid) - 1)
+        key = (name, texts.since(step), here, there, outfit)
         if key not in self._known:
             wanted, negative = texts.at(key[1])
-            positive = tuple((self._condition(name, said, False, here), weight) for said, weight in wanted)
-            away = self._condition(name, negative, True, there)
+            positive = tuple(
+                (self._condition(name, said, False, here, outfit), weight) for said, weight in wanted
+            )
+            away = self._condition(name, negative, True, there, outfit)
             self._known = {key: Conditions(positive, away, self._weakened(positive[0][0]))}
         return self._known[key]
 
@@ -229,7 +236,9 @@ class _Conditions:
         last = level.schedule.last + 1
         return "refiner" if level.time < round(last * (1.0 - start)) else self._walk.stage.network
 
-    def _condition(self, name: str, texts: Said, negative: bool, steered: tuple[Steering, ...]) -> Condition:
+    def _condition(
+        self, name: str, texts: Said, negative: bool, steered: tuple[Steering, ...], outfit: Outfit
+    ) -> Condition:
         family, request = self._steered[name].family, self._walk.settings.request
         given = Given(
             shape=self._walk.model.network(name).shape,
@@ -243,7 +252,9 @@ class _Conditions:
             image=self._image,
             noise_level=self._walk.settings.noise_level or 0,
         )
-        return Condition(family.condition(given), beside=self._beside, network=name, steered=steered)
+        return Condition(
+            family.condition(given), beside=self._beside, network=name, steered=steered, outfit=outfit
+        )
 
 
 def _view(model: Model, request: Request, settings: Settings, seed: int) -> Tensor | None:

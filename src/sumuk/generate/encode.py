@@ -2,7 +2,8 @@
 
 A tower reads rows of L tokens (77). Longer text becomes chunks of L - 2, each with its own begin, end and
 padding, and their outputs stand one after the other: a context [1, chunks * L, D]. When a chunk is full and a
-comma lies at most 20 tokens back, what follows the comma moves to the next chunk whole.
+comma lies at most 20 tokens back, what follows the comma moves to the next chunk whole. An embedding takes a place
+for each of its vectors; if these do not all fit, the next chunk begins with them.
 
 Emphasis acts on a chunk's output z [L, D] with the weight w of each token (1 for begin, end and padding):
 
@@ -20,6 +21,7 @@ one chunk of one text, so that a picture does not change with its company.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from sumuk.base.errors import BadInput, nearest
 from sumuk.families.reading import Encoded
+from sumuk.generate.learnt import Learnt, Word
 from sumuk.generate.prompt import BREAK, Prompt, SubPrompt, parse
 from sumuk.weights.model import Words
 
@@ -46,6 +49,15 @@ Contexts: TypeAlias = tuple[tuple[Encoded, float], ...]
 """For each sub-prompt its context [1, chunks * L, D] and its weight."""
 
 
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Vectors [n, D] in place of the tokens ``at`` to ``at + n`` of a row (all from 0)."""
+
+    row: int
+    at: int
+    vectors: Tensor
+
+
 class TextTower(Protocol):
     """Reads rows of tokens. Which layer it takes (clip skip) and whether it is normed is its own affair."""
 
@@ -59,7 +71,7 @@ class TextTower(Protocol):
         """Whether longer text goes on in further rows, as with CLIP; T5 reads one row."""
         ...
 
-    def encode(self, ids: Tensor) -> Encoded:
+    def encode(self, ids: Tensor, placed: Sequence[Placed] = ()) -> Encoded:
         """Rows [n, L] of int64 on the CPU to z [n, L, D] on any device, and the first row's sentence [1, P]."""
         ...
 
@@ -68,6 +80,26 @@ class TextTower(Protocol):
 class _Chunk:
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    words: list[tuple[int, Word]] = field(default_factory=list)
+    """Embeddings, each with its first place."""
+
+    def put(self, word: int | Word, weight: float, filler: int) -> None:
+        size = 1 if isinstance(word, int) else len(word.vectors)
+        if isinstance(word, Word):
+            self.words.append((len(self.ids), word))
+        self.ids += [word] if isinstance(word, int) else [filler] * size
+        self.weights += [weight] * size
+
+    def split(self, cut: int) -> tuple[_Chunk, _Chunk]:
+        """What stands before a place, and what stands from there on; no embedding lies across it."""
+        early = [each for each in self.words if each[0] < cut]
+        late = [(at - cut, word) for at, word in self.words if at >= cut]
+        return _Chunk(self.ids[:cut], self.weights[:cut], early), _Chunk(
+            self.ids[cut:], self.weights[cut:], late
+        )
+
+
+_Read: TypeAlias = Callable[[str], Sequence[int | Word]]
 
 
 def contexts(
@@ -77,6 +109,7 @@ def contexts(
     emphasis: Emphasis = "original",
     *,
     base: int | None = None,
+    learnt: Learnt | None = None,
 ) -> list[Contexts]:
     """The contexts of every step; steps that read the same share the same tensors, each text is encoded once.
 
@@ -86,10 +119,11 @@ def contexts(
         steps: steps of this pass; item i of the result belongs to step i + 1.
         emphasis: how weights act.
         base: steps of the first pass, if this is a second.
+        learnt: the model's embeddings as this tower reads them; None: names of embeddings are plain text.
 
     Raises:
-        BadInput: an unknown emphasis, steps below 1, more text than is encoded, or weights that leave no
-            finite number.
+        BadInput: an unknown emphasis, steps below 1, more text than is encoded, an embedding that is not there or
+            has more vectors than a chunk has places, or weights that leave no finite number.
     """
     if emphasis not in EMPHASES:
         raise BadInput(f"unknown emphasis {emphasis!r}{nearest(emphasis, EMPHASES)}")
@@ -104,7 +138,7 @@ def contexts(
             if part.segments not in known:
                 if len(known) == MOST_TEXTS:
                     raise BadInput(f"the prompt reads more than {MOST_TEXTS} different ways; alternate less")
-                known[part.segments] = _encode(part, tower, emphasis)
+                known[part.segments] = _encode(part, tower, emphasis, learnt)
             here.append((known[part.segments], part.weight))
         found += [tuple(here)] * (following - step)
     return found
@@ -135,12 +169,21 @@ def lengthen(context: Tensor, length: int, empty: Tensor) -> Tensor:
     return torch.cat([context, empty.to(context).repeat(len(context), missing, 1)], dim=1)
 
 
-def _encode(part: SubPrompt, tower: TextTower, emphasis: Emphasis) -> Encoded:
+def _encode(part: SubPrompt, tower: TextTower, emphasis: Emphasis, learnt: Learnt | None) -> Encoded:
     """One text to its context [1, chunks * L, D]."""
     tokens = tower.tokens
-    chunks = _chunks(part, tokens) if tower.chunked else [_row(part, tokens)]
-    said = tower.encode(torch.tensor([tokens.row(chunk.ids) for chunk in chunks], dtype=torch.int64))
-    z, before = said.z, [1.0] * tower.chunked  # CLIP's rows begin with a token of their own
+    read: _Read = tokens.encode if learnt is None else learnt.words
+    filler = 0 if learnt is None else learnt.filler
+    chunks = _chunks(part, tokens, read, filler) if tower.chunked else [_row(part, read, filler)]
+    before = [1.0] * tower.chunked  # CLIP's rows begin with a token of their own
+    placed = [
+        Placed(row, len(before) + at, word.vectors)
+        for row, chunk in enumerate(chunks)
+        for at, word in chunk.words
+    ]
+    ids = torch.tensor([tokens.row(chunk.ids) for chunk in chunks], dtype=torch.int64)
+    said = tower.encode(ids, placed) if placed else tower.encode(ids)
+    z = said.z
     rows = [[*before, *chunk.weights] for chunk in chunks]
     rows = [row + [1.0] * (tokens.length - len(row)) for row in rows]
     if emphasis != "none" and any(weight != 1.0 for row in rows for weight in row):
@@ -161,45 +204,45 @@ def _emphasise(z: Tensor, weights: Tensor, restore: bool) -> Tensor:
     return weighted
 
 
-def _row(part: SubPrompt, tokens: Words) -> _Chunk:
+def _row(part: SubPrompt, read: _Read, filler: int) -> _Chunk:
     """All of a text in one row; a row that is too long is refused by the vocabulary."""
-    words = [segment for segment in part.segments if segment is not BREAK]
     row = _Chunk()
-    for segment in words:
-        ids = tokens.encode(segment.text)
-        row.ids += ids
-        row.weights += [segment.weight] * len(ids)
+    for segment in part.segments:
+        if segment is not BREAK:
+            for word in read(segment.text):
+                row.put(word, segment.weight, filler)
     return row
 
 
-def _chunks(part: SubPrompt, tokens: Words) -> list[_Chunk]:
-    """Tokens in chunks of at most ``length - 2``; at least one chunk."""
+def _chunks(part: SubPrompt, tokens: Words, read: _Read, filler: int) -> list[_Chunk]:
+    """Tokens and embeddings in chunks of at most ``length - 2`` places; at least one chunk."""
     room = tokens.length - 2
     comma = tokens.encode(",")[-1:]
     done: list[_Chunk] = []
     chunk, last_comma = _Chunk(), -1
 
-    def finish(moved: _Chunk) -> None:
+    def finish(done_one: _Chunk, moved: _Chunk) -> None:
         nonlocal chunk, last_comma
         if len(done) == MOST_CHUNKS - 1:
             raise BadInput(f"the prompt fills more than {MOST_CHUNKS} chunks of {room} tokens; shorten it")
-        done.append(chunk)
+        done.append(done_one)
         chunk, last_comma = moved, -1
 
     for segment in part.segments:
         if segment is BREAK:
-            finish(_Chunk())
+            finish(chunk, _Chunk())
             continue
-        for token in tokens.encode(segment.text):
-            if [token] == comma:
+        for word in read(segment.text):
+            size = 1 if isinstance(word, int) else len(word.vectors)
+            if isinstance(word, Word) and size > room:
+                raise BadInput(
+                    f"embedding {word.name!r} has {size} vectors; a chunk of text has {room} places"
+                )
+            if [word] == comma:
                 last_comma = len(chunk.ids)  # forgotten at once if the chunk is full, as in the original
             elif len(chunk.ids) == room and last_comma >= 0 and room - last_comma <= BACKTRACK:
-                cut = last_comma + 1
-                moved = _Chunk(chunk.ids[cut:], chunk.weights[cut:])
-                chunk = _Chunk(chunk.ids[:cut], chunk.weights[:cut])
-                finish(moved)
-            if len(chunk.ids) == room:
-                finish(_Chunk())
-            chunk.ids.append(token)
-            chunk.weights.append(segment.weight)
+                finish(*chunk.split(last_comma + 1))
+            if len(chunk.ids) + size > room:
+                finish(chunk, _Chunk())
+            chunk.put(word, segment.weight, filler)
     return [*done, chunk] if chunk.ids or not done else done

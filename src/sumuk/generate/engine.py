@@ -30,6 +30,7 @@ from sumuk.generate.pixels import keep_outside, to_image
 from sumuk.generate.receipt import make_receipt
 from sumuk.generate.request import Request
 from sumuk.generate.settings import Settings, resolve
+from sumuk.generate.wear import dressed
 from sumuk.weights.model import Model
 
 Mode = Literal["exact", "fast"]
@@ -181,8 +182,12 @@ class Engine:
         asked: Condition = rows[0].condition
         inputs = Condition.stack([row.condition for row in rows], device, dtype)
         steered = [row.condition.steered for row in rows]
-        with at_work(self.model, steered, x, time_, inputs) as extra:
-            output = self.model.network(asked.network)(wide, time_, **inputs, **extra, **dict(asked.options))
+        network, outfits = self.model.network(asked.network), [row.condition.outfit for row in rows]
+        with (
+            dressed(asked.network, network, outfits),
+            at_work(self.model, steered, x, time_, inputs) as extra,
+        ):
+            output = network(wide, time_, **inputs, **extra, **dict(asked.options))
         # A network that also predicts a variance appends its channels; no solver here uses it.
         return list(output[:, : x.shape[1]].to("cpu", torch.float32).split(1))
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -35,25 +34,20 @@ from itertools import groupby, pairwise
 from typing import Final, TypeAlias
 
 from sumuk.base.errors import BadInput
+from sumuk.generate.tags import LONGEST_NUMBER, MOST_WEIGHT, Tag, read_number, take_tags
 
 MOST_CHARACTERS = 50_000
 """Of a prompt; about 160 chunks of 75 tokens of plain English."""
 MOST_DEPTH = 64
 """Brackets open at one place."""
-MOST_WEIGHT = 1000.0
-"""Magnitude of any weight, and of the product of nested ones."""
 MOST_SUBPROMPTS = 32
 """Joined by AND; each is a row for the network at every step."""
 MOST_SCHEDULED = 1000
 """Schedules and alternations of a prompt."""
-MOST_TAGS = 256
-"""Extra networks named in a prompt."""
 
 _UP, _DOWN = 1.1, 1 / 1.1
-_LONGEST_NUMBER = 32
 _BLANK = "\0"  # stands where schedule marks were, so that no weight is read across them
 
-_TAG = re.compile(r"<(\w++):([^>]++)>")
 _AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\bBREAK\b")
 _AND_WEIGHT = re.compile(r"[-+]?(?:[0-9]+\.?|[0-9]*\.[0-9]+)")
@@ -93,22 +87,6 @@ class SubPrompt:
 
     weight: float
     segments: tuple[Segment | Break, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Tag:
-    """An extra network, ``<kind:name:0.8:unet=0.5>``.
-
-    Attributes:
-        kind, name: as written; the name is no path yet, and may be hostile.
-        weights: each with what it was called, "" where only its turn tells.
-        place: where the tag stood, counted from 1.
-    """
-
-    kind: str
-    name: str
-    weights: tuple[tuple[str, float], ...] = ()
-    place: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +186,7 @@ def parse(text: str, *, conjunction: bool = True) -> Prompt:
     """
     if len(text) > MOST_CHARACTERS:
         raise BadInput(f"the prompt has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
-    clean, tags, origin = _take_tags(text)
+    clean, tags, origin = take_tags(text)
     parts: list[Part] = []
     ands = [found.span() for found in _AND.finditer(clean)] if conjunction else []  # even inside brackets
     for (_, start), (end, _) in pairwise([(0, 0), *ands, (len(clean), 0)]):
@@ -227,37 +205,6 @@ def parse(text: str, *, conjunction: bool = True) -> Prompt:
     return Prompt(text, tuple(parts), tags)
 
 
-def _take_tags(text: str) -> tuple[str, tuple[Tag, ...], Callable[[int], int]]:
-    """The text without its tags, the tags, and where a character of the first stood in ``text``."""
-    kept: list[str] = []
-    tags: list[Tag] = []
-    lengths, gaps = [0], [0]
-    start = 0
-    for found in _TAG.finditer(
-        text, 0, text.rfind(">") + 1
-    ):  # without the bound, each "<a:" would look for it
-        if len(tags) == MOST_TAGS:
-            raise BadInput(f"the prompt names more than {MOST_TAGS} extra networks; leave some out")
-        tags.append(_tag(found[1], found[2], found.start() + 1))
-        kept.append(text[start : found.start()])
-        start = found.end()
-        lengths.append(lengths[-1] + len(kept[-1]))
-        gaps.append(start - lengths[-1])
-    kept.append(text[start:])
-    return "".join(kept), tuple(tags), lambda offset: offset + gaps[bisect_right(lengths, offset) - 1]
-
-
-def _tag(kind: str, rest: str, place: int) -> Tag:
-    name, *values = rest.split(":")
-    if not name:
-        raise BadInput(f"the extra network at character {place} has no name; write <lora:name:0.8>")
-    weights = []
-    for value in values:
-        key, _, number = value.rpartition("=")
-        weights.append((key, _number(number.strip(), "weight of the extra network", f"character {place}")))
-    return Tag(kind, name, tuple(weights), place)
-
-
 def _and_weight(side: str, where: Where) -> tuple[str, float]:
     """A sub-prompt without the space and the weight at its end, and that weight."""
     side = side.rstrip()
@@ -265,19 +212,7 @@ def _and_weight(side: str, where: Where) -> tuple[str, float]:
     number = tail.lstrip()
     if not colon or not _AND_WEIGHT.fullmatch(number):
         return side, 1.0
-    return body.rstrip(), _number(number, "weight of the sub-prompt", where(len(body)))
-
-
-def _number(text: str, what: str, place: str) -> float:
-    try:
-        value = float(text) if len(text) <= _LONGEST_NUMBER and text.isascii() else math.nan
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise BadInput(f"{what} at {place} is no number: {text!r:.40}; write one, or \\: for the colon")
-    if abs(value) > MOST_WEIGHT:
-        raise BadInput(f"{what} at {place} is {text}; it must lie within {-MOST_WEIGHT:g}..{MOST_WEIGHT:g}")
-    return value
+    return body.rstrip(), read_number(number, "weight of the sub-prompt", where(len(body)))
 
 
 def _too_deep(place: str) -> BadInput:
@@ -344,7 +279,7 @@ def _schedule(nodes: list[Node], opened: _Open, place: str) -> Scheduled | Alter
     found = _WHEN.fullmatch(last[0]) if len(last) == 1 and isinstance(last[0], str) else None
     if found is None:
         return None
-    when = float(found[1]) if len(found[1]) <= _LONGEST_NUMBER else math.inf
+    when = float(found[1]) if len(found[1]) <= LONGEST_NUMBER else math.inf
     if not math.isfinite(when):
         raise BadInput(f"schedule at {place} changes at {found[1]!r:.40}; give a step or a fraction")
     *before, after = [_tree(nodes[a + 1 : b]) for a, b in pairwise(cuts[:-1])]
@@ -404,7 +339,7 @@ def _weigh(text: str, where: Where) -> tuple[Segment | Break, ...]:
                 raise _too_deep(where(found.start()))
             waiting[atom].append(len(pieces))
         elif number is not None and waiting["("]:
-            weight = _number(number, "weight", where(found.start()))
+            weight = read_number(number, "weight", where(found.start()))
             if "e" in number.lower():
                 raise BadInput(f"weight at {where(found.start())} has an exponent, {number}; write it out")
             multiply("(", weight)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.files.atomic import replacing
 from sumuk.generate.infotext import write_infotext
+from sumuk.generate.learnt import used
 from sumuk.generate.request import image_digest, open_image
 from sumuk.generate.settings import Settings
 from sumuk.weights.model import Model
@@ -49,6 +50,7 @@ def make_receipt(
             "ema": model.ema,
             "files": [{"name": each.path.name, "sha256": each.sha256} for each in model.every_file],
         },
+        "adapters": adapters(model, settings),
         "settings": settings.as_dict(image),
         "machine": {
             "device": str(model.device),
@@ -61,6 +63,30 @@ def make_receipt(
         },
         "picture": {"width": drawn.width, "height": drawn.height, "sha256": image_digest(drawn)},
     }
+
+
+def adapters(model: Model, settings: Settings) -> list[dict[str, Any]]:
+    """What was worn and which embeddings the prompts name: each with its file's hash and its account."""
+    worn = settings.wardrobe
+    guests: list[tuple[str, str, Any]] = [("lora", each.name, model.loras[each.name]) for each in worn.loras]
+    guests += [("hypernet", each.name, model.hypernets[each.name]) for each in worn.hypers]
+    named = {
+        name: None
+        for prompt in (settings.prompt, settings.negative)
+        for name in used(prompt, model.embeddings, model.words)
+    }
+    guests += [("embedding", name, model.embeddings[name]) for name in named]
+    return [
+        {
+            "kind": kind,
+            "name": name,
+            "file": None if guest.file is None else guest.file.path.name,
+            "sha256": None if guest.file is None else guest.file.sha256,
+            "autov3": None if guest.file is None else guest.file.autov3,
+            "account": guest.applied.as_dict() if kind == "lora" else {},
+        }
+        for kind, name, guest in guests
+    ]
 
 
 def processor(device: torch.device) -> str:
@@ -108,6 +134,11 @@ def infotext(receipt: dict[str, Any]) -> str:
         values["CFG Rescale"] = settings["rescale"]
     if (settings["guidance_start"], settings["guidance_end"]) != (0.0, 1.0):
         values |= {"Guidance start": settings["guidance_start"], "Guidance end": settings["guidance_end"]}
+    for kind, key, digest in (("lora", "Lora hashes", "autov3"), ("embedding", "TI hashes", "sha256")):
+        some = [each for each in receipt["adapters"] if each["kind"] == kind]
+        if some:
+            digests = (f"{each['name']}: {(each[digest] or each['sha256'] or '')[:12]}" for each in some)
+            values[key] = ", ".join(digests)
     values |= {"RNG": "CPU", "Version": f"sumuk {receipt['sumuk']}"}
     return write_infotext(
         settings["prompt"], settings["negative"], {k: v for k, v in values.items() if v is not None}
@@ -165,6 +196,12 @@ class _Model(_Checked):
     files: Annotated[list[_File], Field(max_length=1000)]
 
 
+class _Adapter(_Checked):
+    kind: Line
+    name: Line
+    sha256: Digest | None
+
+
 class _Machine(_Checked):
     device: Line
     dtype: Line
@@ -182,6 +219,7 @@ class _Receipt(_Checked):
     receipt: int
     numerics: int
     model: _Model
+    adapters: Annotated[list[_Adapter], Field(max_length=1000)] = Field(default_factory=list)
     settings: dict[str, Any]
     machine: _Machine
     picture: _Picture

@@ -95,6 +95,17 @@ def same_model(receipt: dict[str, Any], model: Model) -> list[str]:
     then = {each["sha256"] for each in receipt["model"]["files"]}
     now = {each.sha256 for each in model.every_file}
     reasons = [] if then == now else [f"the model files differ ({_short(then)} then, {_short(now)} now)"]
+    here: dict[str, dict[str, Any]] = {
+        "lora": model.loras,
+        "hypernet": model.hypernets,
+        "embedding": model.embeddings,
+    }
+    for each in receipt.get("adapters", ()):
+        guest = here.get(each["kind"], {}).get(each["name"])
+        digest = None if guest is None or guest.file is None else guest.file.sha256
+        if digest != each["sha256"]:
+            then_, now_ = ((said or "no file")[:10] for said in (each["sha256"], digest))
+            reasons.append(f"the {each['kind']} {each['name']!r} was {then_}, is {now_}")
     if (said := receipt["model"]["prediction"]) != model.prediction.name:
         reasons.append(f"the prediction was {said}, is {model.prediction.name}")
     if receipt["model"]["ema"] != model.ema:

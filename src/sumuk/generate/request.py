@@ -12,7 +12,7 @@ import reprlib
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -162,6 +162,17 @@ class _Value(BaseModel):
             raise BadInput("; ".join(_sentence(each, known) for each in error.errors()[:3])) from None
 
 
+V = TypeVar("V", bound="_Value")
+
+
+def _ordered(window: V) -> V:
+    """A value whose ``start`` lies before its ``end``."""
+    start, end = window.start, window.end  # type: ignore[attr-defined]  # those that come here have them
+    if start >= end:
+        raise ValueError(f"start {start:g} is not before end {end:g}, so that it would never act")
+    return window
+
+
 class Hires(_Value):
     """A second pass at a larger size over the first one's result."""
 
@@ -190,11 +201,40 @@ class Steer(_Value):
 
     @model_validator(mode="after")
     def _agree(self) -> Steer:
-        if self.start >= self.end:
-            raise ValueError(
-                f"start {self.start:g} is not before end {self.end:g}, so that it would never steer"
-            )
-        return self
+        return _ordered(self)
+
+
+class Wear(_Value):
+    """A LoRA at work: which one, how much, where and when."""
+
+    name: Text
+    """The name under which the model was loaded with it."""
+    weight: Number = Field(default=1.0, ge=-10.0, le=10.0)
+    text_weight: Number | None = Field(default=None, ge=-10.0, le=10.0)
+    """Of the text towers; None: as ``weight``. They read before the first step, so start and end do not concern them.
+    """
+    blocks: Text = ""
+    """Rates of the denoiser's blocks: a preset (``MIDD``), numbers (``1,0,0.5,...``), or ``IN04:0.3,OUT*:0.5``."""
+    start: Number = Field(default=0.0, ge=0.0, lt=1.0)
+    end: Number = Field(default=1.0, gt=0.0, le=1.0)
+    """The share of the steps in which it acts."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Wear:
+        return _ordered(self)
+
+
+class Hyper(_Value):
+    """A hypernetwork at work."""
+
+    name: Text
+    weight: Number = Field(default=1.0, ge=-10.0, le=10.0)
+    start: Number = Field(default=0.0, ge=0.0, lt=1.0)
+    end: Number = Field(default=1.0, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Hyper:
+        return _ordered(self)
 
 
 class Request(_Value):
@@ -254,6 +294,10 @@ class Request(_Value):
     """How much noise is laid on what the model is shown (x4 upscaler, unCLIP); None: the family's usual."""
     steer: tuple[Steer, ...] = ()
     """ControlNets at work, for models loaded with some."""
+    loras: tuple[Wear, ...] = Field(default=(), max_length=64)
+    """LoRAs at work beside those that the prompt names, for models loaded with some."""
+    hypers: tuple[Hyper, ...] = Field(default=(), max_length=16)
+    """Hypernetworks, likewise."""
     init: Picture | None = None
     strength: Number = Field(default=0.75, ge=0.0, le=1.0)
     """Image to image: the share of the way that is walked again. 0: none; what the model's encoder keeps of it."""

@@ -18,7 +18,9 @@ from sumuk.diffusion.guidance import Cfg, Guidance, Plain, SkipLayers
 from sumuk.diffusion.solver import Solver
 from sumuk.diffusion.solvers import SOLVERS, Listing
 from sumuk.generate.prompt import Prompt, parse
-from sumuk.generate.request import MOST_PIXELS, Request
+from sumuk.generate.request import MOST_PIXELS, Hyper, Request, Wear
+from sumuk.generate.wear import Wardrobe, acts
+from sumuk.generate.wear import wardrobe as make_wardrobe
 from sumuk.weights.model import Model
 
 
@@ -51,6 +53,8 @@ class Settings:
     """Of what the model is shown; None where it is shown nothing."""
     refiner_start: float | None = None
     """From which share of the noise's way the refiner draws; None without one."""
+    wardrobe: Wardrobe
+    """The LoRAs and hypernetworks that are worn."""
 
     @property
     def listing(self) -> Listing:
@@ -125,17 +129,14 @@ def resolve(request: Request, model: Model) -> Settings:
         having = ", ".join(name for name in SOLVERS if "eta" in SOLVERS[name].settings)
         raise BadInput(f"solver {solver!r} has no eta; leave it out or take one of {having}")
     prompt, negative = parse(request.prompt), parse(request.negative, conjunction=False)
-    for tag in (*prompt.tags, *negative.tags):
-        raise BadInput(
-            f"<{tag.kind}:{tag.name}> names an extra network, which cannot be applied yet; take it out"
-        )
+    wardrobe = make_wardrobe(request, prompt, negative, model)
     _check_model(request, model)
     steps = defaults.steps if request.steps is None else request.steps
     scale = float(defaults.guidance if request.guidance is None else request.guidance)
     width, height = _size(request, model)
     walks = _walks(request, model, grid, steps)
     _check_guidance(request, model, scale, walks)
-    _check_windows(request, walks)
+    _check_windows(request, wardrobe, walks)
     if request.preview and any(walks) and request.preview >= max(walks):
         raise BadInput(f"a preview every {request.preview} steps never comes in {max(walks)} steps; lower it")
     later = model.stages[1].family.defaults if len(model.stages) > 1 else None
@@ -158,6 +159,7 @@ def resolve(request: Request, model: Model) -> Settings:
         decoder_guidance=None if later is None else _or(request.decoder_guidance, later.guidance),
         noise_level=_noise_level(request, model),
         refiner_start=None if model.refiner is None else _or(request.refiner_start, 0.8),
+        wardrobe=wardrobe,
     )
 
 
@@ -234,7 +236,7 @@ def _check_untouched(request: Request, model: Model) -> None:
             raise BadInput(f"{field} does nothing at strength 0, where no step is taken; leave it out")
 
 
-def _check_windows(request: Request, walks: list[int]) -> None:
+def _check_windows(request: Request, wardrobe: Wardrobe, walks: list[int]) -> None:
     """Refuse what would act in no step of any pass."""
 
     def none_acts(acts: Callable[[int, int], bool]) -> bool:
@@ -248,6 +250,12 @@ def _check_windows(request: Request, walks: list[int]) -> None:
         if none_acts(lambda i, n, each=each: each.start <= i / n and (i + 1) / n <= each.end):  # type: ignore[misc]
             raise BadInput(
                 f"no step of {told} lies from start {each.start:g} to end {each.end:g} of {each.control!r}"
+            )
+    worn: tuple[Wear | Hyper, ...] = (*wardrobe.loras, *wardrobe.hypers)
+    for guest in worn:
+        if none_acts(lambda i, n, guest=guest: acts(guest, i, n)):  # type: ignore[misc]
+            raise BadInput(
+                f"no step of {told} lies from start {guest.start:g} to end {guest.end:g} of {guest.name!r}"
             )
 
 

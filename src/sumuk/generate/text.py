@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sumuk.base.errors import BadInput
 from sumuk.families.reading import Encoded, Reading
-from sumuk.generate.encode import Contexts, contexts, empty_context, lengthen
+from sumuk.generate.encode import Contexts, Placed, contexts, empty_context, lengthen
+from sumuk.generate.learnt import Learnt
 from sumuk.generate.prompt import Prompt
 from sumuk.generate.settings import Settings
+from sumuk.generate.wear import NOTHING, Outfit, dressed
 from sumuk.weights.model import Model, Words
 
 Said = Mapping[str, Encoded]
@@ -27,15 +30,20 @@ class Tower:
     tokens: Words
     reading: Reading
     clip_skip: int = 1
+    outfit: Outfit = NOTHING
 
     @property
     def chunked(self) -> bool:
         return self.reading.words == "clip"
 
-    def encode(self, ids: Tensor) -> Encoded:
+    def encode(self, ids: Tensor, placed: Sequence[Placed] = ()) -> Encoded:
         """Each row by itself, so that a text's encoding does not know its company."""
         device = next(self.network.parameters()).device
-        outputs = [self._read(row[None].to(device)) for row in ids]
+        with dressed(self.reading.part, self.network, [self.outfit]):
+            outputs = [
+                self._read(row[None].to(device), [each for each in placed if each.row == index])
+                for index, row in enumerate(ids)
+            ]
         rows = [self._layer(output) for output in outputs]
         pooled = self._pooled(outputs[0])
         return Encoded(
@@ -43,11 +51,24 @@ class Tower:
             pooled=None if pooled is None else pooled.to("cpu", torch.float32),
         )
 
-    def _read(self, ids: Tensor) -> Any:
+    def _read(self, ids: Tensor, placed: Sequence[Placed]) -> Any:
+        more = {"embeddings": self._embedded(ids, placed)} if placed else {}
         if not self.reading.masked:
-            return self.network(ids)
+            return self.network(ids, **more)
         ends = (ids == self.network.eos).int().argmax(dim=1, keepdim=True)
-        return self.network(ids, mask=torch.arange(ids.shape[1], device=ids.device)[None] <= ends)
+        return self.network(ids, mask=torch.arange(ids.shape[1], device=ids.device)[None] <= ends, **more)
+
+    def _embedded(self, ids: Tensor, placed: Sequence[Placed]) -> Tensor:
+        """The rows of tokens [1, L, D], with vectors in their places."""
+        rows: Tensor = self.network.embed(ids).clone()
+        for each in placed:
+            if each.vectors.shape[1] != rows.shape[2]:
+                raise BadInput(
+                    f"the prompt names an embedding {each.vectors.shape[1]} wide; this text tower is {rows.shape[2]} "
+                    "wide, so it was read for another model"
+                )
+            rows[0, each.at : each.at + len(each.vectors)] = each.vectors.to(rows)
+        return rows
 
     def _pooled(self, output: Any) -> Tensor | None:
         if self.reading.pool is None:
@@ -66,17 +87,25 @@ class Texts:
     """Both prompts of a request, encoded by every tower for one pass.
 
     Args:
-        model: whose towers read them.
+        model: whose towers read them, and whose embeddings they may name.
         settings: the request.
         steps: steps of this pass.
         base: steps of the first pass when this is the second, which continues prompt schedules.
     """
 
     def __init__(self, model: Model, settings: Settings, steps: int, base: int | None = None) -> None:
-        skip = settings.request.clip_skip
         self._towers = {
-            reading.part: Tower(model.networks[reading.part], model.words[reading.part], reading, skip)
+            reading.part: Tower(
+                model.networks[reading.part],
+                model.words[reading.part],
+                reading,
+                settings.request.clip_skip,
+                settings.wardrobe.on_tower(model, reading.part),
+            )
             for reading in model.readings
+        }
+        self._learnt = {
+            part: Learnt(model.embeddings, part, tower.tokens) for part, tower in self._towers.items()
         }
         self._empty: dict[str, Tensor] = {}
         self._wanted = self._read(settings.prompt, steps, base)
@@ -88,7 +117,10 @@ class Texts:
             self._since[step] = self._since[step - 1] if same else step
 
     def _read(self, prompt: Prompt, steps: int, base: int | None) -> dict[str, list[Contexts]]:
-        return {part: contexts(prompt, tower, steps, base=base) for part, tower in self._towers.items()}
+        return {
+            part: contexts(prompt, tower, steps, base=base, learnt=self._learnt[part])
+            for part, tower in self._towers.items()
+        }
 
     def since(self, step: int) -> int:
         """The first of the steps up to ``step`` (from 0) that read the same."""

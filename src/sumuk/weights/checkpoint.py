@@ -7,7 +7,7 @@ tensor at a time. Saving is the way back, see :mod:`~sumuk.weights.writing`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sumuk.nets.tokens import ClipTokens
 from sumuk.weights import inspect, vocabulary
 from sumuk.weights.building import Place, build, check_config, fill, refuse_leftovers
 from sumuk.weights.control import load_control
+from sumuk.weights.guests import with_guests
 from sumuk.weights.inspect import Opened
 from sumuk.weights.model import Model, WeightFile, Words
 from sumuk.weights.source import read
@@ -49,6 +50,11 @@ def load(
     parts: Mapping[str, Place] | None = None,
     refiner: Place | None = None,
     controls: Mapping[str, Place] | None = None,
+    loras: Mapping[str, Place] | None = None,
+    hypernets: Mapping[str, Place] | None = None,
+    embeddings: Mapping[str, Place] | None = None,
+    partial: Collection[str] = (),
+    packed: bool = False,
     ema: bool = False,
     variant: str | None = None,
     ignore: Sequence[str] = (),
@@ -56,7 +62,7 @@ def load(
     """Load a model.
 
     Args:
-        path: a ``.safetensors`` file, an ``.index.json``, or a folder.
+        path: a weight file (safetensors, GGUF, ``.ckpt``), an ``.index.json``, or a folder.
         device: where to.
         dtype: of all networks. By default the one that most of the denoiser's tensors are stored in,
             except that float16 and 8-bit floats become float32 on the CPU, which computes in them slowly or
@@ -67,6 +73,11 @@ def load(
         parts: further files, by the part that each supplies (``{"text_2": ..., "text_3": ...}``).
         refiner: a whole model of the same latents that draws the last part of the way (SDXL's).
         controls: ControlNets, by the names under which requests shall ask for them.
+        loras: LoRAs and their like, by the names that ``<lora:name>`` in prompts and ``Request.loras`` use.
+        hypernets: hypernetworks, by the names that ``<hypernet:name>`` and ``Request.hypers`` use.
+        embeddings: textual inversions, by the words that stand for them in prompts.
+        partial: names of LoRAs that may be applied though only a part of them fits this model.
+        packed: keep quantised weights as they are stored, and expand each whenever it is used: less memory, more work.
         ema: take the averaged weights of the denoiser (``model_ema.*``) instead of the plain ones.
         variant: which weights of a diffusers folder, ``fp16`` for ``model.fp16.safetensors``.
         ignore: patterns of further tensor names to do without (``"embedding_manager.*"``).
@@ -124,8 +135,10 @@ def load(
                 tower.eos = tokens.eos  # type: ignore[assignment]  # a CLIP tower has it
     latent = _fitting(family, opened.latent(), networks, sources[-1].path)
     wanted = _dtype(plans["denoiser"][1], place, dtype)
+    if packed and not any(one.packed for _, tensors in plans.values() for one in tensors.values()):
+        raise BadInput(f"packed does nothing for {path}: none of its weights are quantised; leave it out")
     for network, tensors in plans.values():
-        fill(network, tensors, place, wanted)
+        fill(network, tensors, place, wanted, packed)
     loaded = Model(
         family=family,
         networks=networks,
@@ -143,7 +156,8 @@ def load(
         other = load(refiner, device, dtype, prediction)
         loaded = replace(loaded, refiner=_agreeing(loaded, other, refiner))
     guests = {name: load_control(place, loaded) for name, place in (controls or {}).items()}
-    return replace(loaded, controls=guests)
+    loaded = replace(loaded, controls=guests)
+    return with_guests(loaded, loras=loras, hypernets=hypernets, embeddings=embeddings, partial=partial)
 
 
 def _agreeing(base: Model, refiner: Model, where: Place) -> Model:
@@ -251,7 +265,7 @@ def _dtype(denoiser: Tensors, device: torch.device, dtype: str | torch.dtype | N
         return torch_dtype(dtype)
     counts = dict.fromkeys(FLOATS, 0)
     for tensor in denoiser.values():
-        if tensor.dtype in counts:
+        if tensor.packed is None and tensor.dtype in counts:  # packed ones are expanded to whatever is asked for
             counts[tensor.dtype] += 1
     stored = max(counts, key=lambda name: counts[name])
     slow = device.type == "cpu" and stored == "F16"

@@ -16,6 +16,7 @@ from sumuk.families.detect import Match
 from sumuk.families.family import Kind, Shapes
 from sumuk.nets.control_lora import control_lora, from_difference
 from sumuk.nets.controlnet import ControlNet, controlnet_shape
+from sumuk.nets.packed import shapes, value
 from sumuk.weights import inspect
 from sumuk.weights.building import Place, build, fill, refuse_leftovers
 from sumuk.weights.model import Control, Model, WeightFile
@@ -50,7 +51,7 @@ def load_control(path: Place, model: Model) -> Control:
     tensors = opened.tensors(part.name)
     network: Any
     if kind.key in MADE:
-        base = {name: value.detach() for name, value in model.denoiser.state_dict().items()}
+        base = {name: value(model.denoiser, name) for name in shapes(model.denoiser)}
         state = MADE[kind.key](base, {name: one.load() for name, one in tensors.items()})
         network = _whole(state, model)
     else:

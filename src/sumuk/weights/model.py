@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,14 @@ from sumuk.diffusion.prediction import PREDICTIONS, Prediction
 from sumuk.diffusion.schedule import Discrete, Schedule
 from sumuk.families.family import FAMILIES, Defaults, Facts, Family, Kind, Latent
 from sumuk.families.reading import Reading
-from sumuk.files.hashes import Progress, hashes
+from sumuk.files.hashes import Hashes, hashes
 from sumuk.nets.effnet import effnet_pixels
 from sumuk.weights.inspect import Found
+
+if TYPE_CHECKING:
+    from sumuk.weights.embedding import Embedding
+    from sumuk.weights.hypernet import Hypernet
+    from sumuk.weights.live import LiveLora
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,19 @@ class WeightFile:
     path: Path
 
     @cached_property
-    def sha256(self) -> str:
-        """Its SHA-256 in hexadecimal; read when first asked for."""
-        return self.digest()
+    def hashes(self) -> Hashes:
+        """Its hashes; read when first asked for."""
+        return hashes(self.path)
 
-    def digest(self, progress: Progress | None = None) -> str:
-        """The same, with a report of progress."""
-        return hashes(self.path, progress).sha256
+    @property
+    def sha256(self) -> str:
+        """Its SHA-256 in hexadecimal."""
+        return self.hashes.sha256
+
+    @property
+    def autov3(self) -> str | None:
+        """See :mod:`sumuk.files.hashes`."""
+        return self.hashes.autov3
 
 
 class Words(Protocol):
@@ -122,6 +133,9 @@ class Model:
         ema: whether the denoiser has the file's averaged weights instead of its plain ones.
         refiner: a model of the same latents that draws the last part of the way (SDXL); None: none.
         controls: ControlNets by the names under which requests ask for them.
+        loras: LoRAs and their like by the names under which requests and prompts ask for them.
+        hypernets: hypernetworks, likewise.
+        embeddings: textual inversions, likewise.
     """
 
     family: Family
@@ -137,6 +151,9 @@ class Model:
     ema: bool = False
     refiner: Model | None = None
     controls: dict[str, Control] = field(default_factory=dict)
+    loras: dict[str, LiveLora] = field(default_factory=dict)
+    hypernets: dict[str, Hypernet] = field(default_factory=dict)
+    embeddings: dict[str, Embedding] = field(default_factory=dict)
 
     @property
     def every_file(self) -> tuple[WeightFile, ...]:

@@ -1,4 +1,4 @@
-"""Saving a model: the rules of its layout read backward, one tensor at a time, complete or not at all.
+"""Writing a model or a checkpoint: the rules of a layout read backward, one tensor at a time, complete or not at all.
 
 What is no tensor goes where the layout has a place for it: into the header's metadata (modelspec names, and
 ``sumuk.*`` for what those lack), or into the JSON files of a diffusers folder.
@@ -9,22 +9,53 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sumuk.base.errors import BadInput, nearest
-from sumuk.diffusion.schedule import ContinuousVP, VarianceExploding
-from sumuk.families.family import Arrangement, Family
+from sumuk.families.family import Arrangement, Family, Kind
 from sumuk.files.atomic import creating, replacing
-from sumuk.files.tensors import Tensors, lazy, torch_dtype, write
+from sumuk.files.metered import Meter
+from sumuk.files.metered import size as bytes_of
+from sumuk.files.shards import write_shards
+from sumuk.files.tensors import Tensors, lazy
 from sumuk.weights import vocabulary
+from sumuk.weights.contents import DIGEST, Contents, of_model, texts
+from sumuk.weights.encoding import Encoding, read_dtype
 from sumuk.weights.model import Model
 
-MODELSPEC = "1.0.1"
-PREDICTION = {"eps": "epsilon", "v": "v", "clean": "sample", "flow": "flow"}
-"""Names in the table of predictions -> what ``modelspec.prediction_type`` calls them."""
+SUFFIX = ".safetensors"
+ORIGINAL, DIFFUSERS = ("single", "bare"), ("diffusers", "bare-diffusers")
+LAYOUTS = (*ORIGINAL, *DIFFUSERS)
+"""``single``: the original publication's names in one file. ``diffusers``: a folder of that library. Of one network
+also ``bare``, the original names without prefix, and ``bare-diffusers``, that library's in a file or a folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arranged:
+    """Contents in a layout, ready to be written.
+
+    Attributes:
+        contents: what it is.
+        arrangement: how the file or folder puts its parts together.
+        tensors: by their names there.
+        ignored: native names that the layout leaves away by design.
+        origin: name there -> the native names that it came from; markers have none.
+    """
+
+    contents: Contents
+    arrangement: Arrangement
+    tensors: Tensors
+    ignored: tuple[str, ...]
+    origin: Mapping[str, list[str]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return bytes_of(self.tensors)
 
 
 def save(
@@ -50,105 +81,212 @@ def save(
     Raises:
         BadInput: a layout that the family does not have, a dtype that is none, a folder that is not empty,
             metadata that contradict the model.
+        BadFile: writing failed, or a number is too large for the dtype; what was there before is as it was.
+    """
+    arranged = arrange(of_model(model), layout, Encoding(dtype=read_dtype(dtype)))
+    store(arranged, path, metadata=metadata)
+    return arranged.ignored
+
+
+def arrange(contents: Contents, layout: str, encoding: Encoding) -> Arranged:
+    """The tensors as a layout names and cuts them, in the types in which they are to be written.
+
+    Raises:
+        BadInput: the layout has no place for some part, or none of that name is there.
+        BadFile: tensors that belong together do not fit.
+    """
+    kind = contents.kind
+    chosen = choose(kind, layout, contents.present)
+    moved = chosen.layout(contents.tensors, backward=True).backward(contents.tensors)
+    moved.refuse_leftovers(f"{kind.title} as {layout}")
+    if encoding.quantise is not None and chosen.dialect != "original":
+        raise BadInput(f"quantise {encoding.quantise!r} is for layouts of original names: 'single' or 'bare'")
+    encoded = encoding.encode(moved.tensors, lambda name: moved.origin[name][0])
+    return Arranged(
+        contents=contents,
+        arrangement=chosen,
+        tensors=encoded | _markers(contents, chosen),
+        ignored=tuple(moved.ignored),
+        origin=moved.origin,
+    )
+
+
+def choose(kind: Kind, layout: str, present: tuple[str, ...]) -> Arrangement:
+    """The arrangement that a layout's name stands for.
+
+    Args:
+        kind: what is to be written.
+        layout: one of :data:`LAYOUTS`.
+        present: its parts that are there.
+
+    Raises:
+        BadInput: the kind has none of that name, or it has no place for a part.
+    """
+    named = _named(kind, layout)
+    if not named:
+        known = dict.fromkeys(each.name for each in kind.arrangements if each.name in LAYOUTS)
+        raise BadInput(f"{kind.title} cannot be saved in the layout {layout!r}{nearest(layout, known)}")
+    fits = [each for each in named if {part.name for part, _ in each.parts} >= set(present)]
+    if not fits:
+        places = {part.name for part, _ in named[0].parts}
+        raise BadInput(
+            f"{named[0].title} has no place for the {', '.join(sorted(set(present) - places))} of {kind.title}; "
+            "save them as a single file, or leave them out of the model's networks"
+        )
+    # Where one arrangement has just these parts, it is how they are published alone.
+    chosen = min(fits, key=lambda each: len(each.parts))
+    alone = layout.startswith("bare") and isinstance(kind, Family)
+    if alone and len(present) > 1:
+        raise BadInput(
+            f"{layout!r} holds one network, and there are {', '.join(present)}; use 'single' or 'diffusers'"
+        )
+    if alone or (not isinstance(kind, Family) and chosen.name == "diffusers"):
+        parts = tuple((part, "") for part, _ in chosen.parts if part.name in present)
+        return replace(chosen, parts=parts, name="bare-diffusers" if layout in DIFFUSERS else layout)
+    return chosen
+
+
+def _named(kind: Kind, layout: str) -> list[Arrangement]:
+    """The arrangements that a layout's name may stand for, the likeliest first."""
+    if isinstance(kind, Family):
+        return [each for each in kind.arrangements if each.name == layout and layout in LAYOUTS]
+    if (
+        layout in DIFFUSERS
+    ):  # of one network its own names, or those in a pipeline's folder, which are the same
+        there = [each for each in kind.arrangements if each.name in DIFFUSERS]
+        return sorted(there, key=lambda each: each.name != "bare-diffusers")
+    names = {"single": ORIGINAL, "bare": ("bare",)}.get(layout, ())
+    return [each for each in kind.arrangements if each.name in names and each.dialect == "original"]
+
+
+def _markers(contents: Contents, arrangement: Arrangement) -> Tensors:
+    """Empty tensors that say how a model is to be used, where a single file of its family may hold them."""
+    facts = contents.facts
+    if facts is None or arrangement.dialect != "original":
+        return {}
+    wanted = {
+        "v_pred": facts.prediction == "v" and "prediction" not in contents.guessed,
+        "ztsnr": facts.zero_snr,
+    }
+    known = [pattern for rule in arrangement.ignored for pattern in rule.foreign]
+    return {
+        name: lazy(torch.empty(0))
+        for name, there in wanted.items()
+        if there and any(pattern.read(name) is not None for pattern in known)
+    }
+
+
+def store(
+    arranged: Arranged,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int | None = None,
+    digest: bool = False,
+    meter: Meter | None = None,
+) -> tuple[Path, ...]:
+    """Write what was arranged.
+
+    Args:
+        arranged: what to write.
+        path: a file, or a new folder.
+        metadata: further texts for the header.
+        shard_bytes: the most bytes of one file, see :func:`~sumuk.files.shards.write_shards`.
+        digest: whether a single file's metadata shall hold the digest of its tensors.
+        meter: told of the bytes written.
+
+    Returns:
+        The weight files.
+
+    Raises:
+        BadInput: metadata that contradict the model; a folder that is not empty.
         BadFile: writing failed; what was there before is as it was.
     """
-    arrangement = _arrangement(model.family, layout)
-    if homeless := sorted(model.networks.keys() - {part.name for part, _ in arrangement.parts}):
-        raise BadInput(
-            f"{arrangement.title} has no place for the {', '.join(homeless)} of {model.family.title}; save them as "
-            "a single file, or leave them out of the model's networks"
-        )
-    native: Tensors = {}
-    for part in model.family.parts:
-        network = model.networks.get(part.name)
-        for name, value in network.state_dict().items() if network is not None else ():
-            one = lazy(value)
-            native[f"{part.name}.{name}"] = one if dtype is None else one.cast(torch_dtype(dtype))
-    moved = arrangement.layout(native, backward=True).backward(native)
-    moved.refuse_leftovers(str(path))
-    texts = _texts(model, metadata or {})
-    if arrangement.dialect == "original":
-        _single(model, Path(path), moved.tensors, texts)
-    else:
-        _folder(model, Path(path), arrangement, moved.tensors, texts)
-    return tuple(moved.ignored)
-
-
-def _arrangement(family: Family, name: str) -> Arrangement:
-    whole = {each.name: each for each in family.arrangements if not each.name.startswith("bare")}
-    if name not in whole:
-        raise BadInput(f"{family.title} cannot be saved in the layout {name!r}{nearest(name, whole)}")
-    return whole[name]
-
-
-def _texts(model: Model, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a file: what the model had, what the caller adds, and what the model is."""
-    facts = model.facts
-    anew = (vocabulary.META, "sumuk.latent_", "sumuk.schedule")  # said below as the model has it now
-    kept = {key: text for key, text in model.metadata.items() if not key.startswith(anew)}
-    said = {
-        "format": "pt",
-        "modelspec.sai_model_spec": MODELSPEC,
-        "modelspec.architecture": model.family.architecture,
-        "modelspec.prediction_type": PREDICTION[facts.prediction],
-    }
-    if isinstance(model.schedule, VarianceExploding):
-        said["sumuk.schedule"] = f"ve {model.schedule.first!r} {model.schedule.last!r}"
-    if isinstance(model.schedule, ContinuousVP):
-        said["sumuk.schedule"] = f"vp {model.schedule.start!r} {model.schedule.end!r}"
-    if facts.latent.scale != model.family.latent.scale:
-        said["sumuk.latent_scale"] = repr(facts.latent.scale)
-    if facts.latent.shift != model.family.latent.shift:
-        said["sumuk.latent_shift"] = repr(facts.latent.shift)
-    for key, text in metadata.items():
-        if said.get(key, text) != text:
-            raise BadInput(f"metadata {key} {text!r:.60} contradicts the model, which has {said[key]!r:.60}")
-    usual = {
-        "modelspec.title": model.family.title,
-        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
-        "modelspec.resolution": f"{facts.size}x{facts.size}",
-    }
-    return usual | kept | dict(metadata) | said
-
-
-def _single(model: Model, path: Path, tensors: Tensors, texts: dict[str, str]) -> None:
-    for reading in model.readings:
-        tokens = model.words[reading.part]
-        if not vocabulary.is_usual(tokens, reading, model.networks[reading.part].shape):
-            texts[vocabulary.meta(reading.part)] = tokens.to_json()
-    marker = lazy(torch.empty(0))
-    if model.facts.prediction == "v":
-        tensors["v_pred"] = marker
-    if model.facts.zero_snr:
-        tensors["ztsnr"] = marker
-    write(path, tensors, texts)
+    contents, path = arranged.contents, Path(path)
+    said = texts(contents, metadata or {})
+    if arranged.arrangement.name in DIFFUSERS and (
+        (isinstance(contents.kind, Family) and arranged.arrangement.name == "diffusers")
+        or path.suffix != SUFFIX
+    ):
+        return _folder(arranged, path, said, shard_bytes, meter)
+    for part, tokens in contents.words.items():
+        if part not in contents.usual:
+            said[vocabulary.meta(part)] = tokens.to_json()
+    return write_shards(
+        path, arranged.tensors, said, shard_bytes, digest=DIGEST if digest else None, meter=meter
+    )
 
 
 def _folder(
-    model: Model, path: Path, arrangement: Arrangement, tensors: Tensors, texts: dict[str, str]
-) -> None:
-    said = model.family.folder(model.facts)
+    arranged: Arranged, path: Path, said: dict[str, str], shard_bytes: int | None, meter: Meter | None
+) -> tuple[Path, ...]:
+    contents, arrangement = arranged.contents, arranged.arrangement
+    files: list[Path] = []
     with creating(path) as folder:
-        for part, prefix in arrangement.parts:
-            if part.name not in model.networks:
-                continue
-            place = folder / prefix
-            place.mkdir()
-            own = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
-            write(place / part.file, own, texts if part.name == "denoiser" else {"format": "pt"})
-            shapes = {name: tuple(one.shape) for name, one in model.networks[part.name].state_dict().items()}
-            said[f"{prefix}config.json"] = part.config(shapes) | said.get(f"{prefix}config.json", {})
-        index = said.get("model_index.json", {})
-        for reading in model.family.readings:
-            if reading.part not in model.networks:
-                inside = next(prefix for part, prefix in arrangement.parts if part.name == reading.part)
-                index |= {inside.strip("/"): [None, None], vocabulary.folder(reading.part): [None, None]}
-        for name, table in said.items():
+        for name, table in _configs(contents, arrangement).items():
             (folder / name).parent.mkdir(exist_ok=True)
             _json(folder / name, table)
-        for reading in model.readings:
-            words = folder / vocabulary.folder(reading.part)
-            vocabulary.write_folder(model.words[reading.part], words)
+        for file, own, texts in _weight_files(arranged, said):
+            made = write_shards(folder / file, own, texts, shard_bytes, meter=meter)
+            files += [path / each.relative_to(folder) for each in made]
+        if arrangement.name == "diffusers":
+            for part, tokens in contents.words.items():
+                vocabulary.write_folder(tokens, folder / vocabulary.folder(part))
+    return tuple(files)
+
+
+def _weight_files(arranged: Arranged, said: dict[str, str]) -> list[tuple[str, Tensors, dict[str, str]]]:
+    """Each weight file of a folder: its place, its tensors, its texts."""
+    parts = [
+        (part, prefix)
+        for part, prefix in arranged.arrangement.parts
+        if part.name in arranged.contents.present
+    ]
+    if arranged.arrangement.name != "diffusers":  # one file for all, whatever stands before their names
+        return [(parts[0][0].file, arranged.tensors, said)]
+    files = []
+    for part, prefix in parts:
+        own = {name[len(prefix) :]: one for name, one in arranged.tensors.items() if name.startswith(prefix)}
+        files.append((prefix + part.file, own, said if part is parts[0][0] else {"format": "pt"}))
+    return files
+
+
+def _configs(contents: Contents, arrangement: Arrangement) -> dict[str, dict[str, Any]]:
+    """The JSON files of a folder."""
+    kind, configs = contents.kind, {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in contents.present}
+    for name, one in contents.tensors.items():
+        of, _, own = name.partition(".")
+        shapes[of][own] = one.shape
+    here = [(part, prefix) for part, prefix in arrangement.parts if part.name in shapes]
+    if not isinstance(kind, Family) or contents.facts is None:
+        for part, _ in here:
+            configs["config.json"] = part.config(shapes[part.name]) | dict(contents.config)
+        return configs
+    said = kind.folder(contents.facts)
+    if arrangement.name != "diffusers":
+        (part, _), places = (
+            here[0],
+            next(each for each in kind.arrangements if each.name == "diffusers").parts,
+        )
+        usual = next(
+            (said.get(f"{prefix}config.json", {}) for each, prefix in places if each.name == part.name), {}
+        )
+        return {"config.json": part.config(shapes[part.name]) | usual}
+    index = said.get("model_index.json", {})
+    for part, prefix in arrangement.parts:
+        if part.name in shapes:
+            own = f"{prefix}config.json"
+            said[own] = part.config(shapes[part.name]) | said.get(own, {})
+        else:
+            said.pop(f"{prefix}config.json", None)
+            if prefix.strip("/") in index:
+                index[prefix.strip("/")] = [None, None]
+    for reading in kind.readings:
+        if reading.part not in shapes:
+            inside = next(prefix for part, prefix in arrangement.parts if part.name == reading.part)
+            index |= {inside.strip("/"): [None, None], vocabulary.folder(reading.part): [None, None]}
+    return said
 
 
 def _json(path: Path, table: dict[str, Any]) -> None:
