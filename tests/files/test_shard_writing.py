@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from sumuk.base.errors import BadFile, BadInput, Cancelled
-from sumuk.files.metered import Meter, size, stream
+from sumuk.files.metered import Meter
 from sumuk.files.safetensors import read_header
 from sumuk.files.shards import index_of, read_shards, write_shards
-from sumuk.files.tensors import Lazy, from_header, lazy, write
+from sumuk.files.tensors import Lazy, from_header, lazy, size, write
 
 TENSORS = {
     f"block.{i}.weight": lazy(torch.arange(64, dtype=dtype).reshape(8, 8) + i)
@@ -32,14 +32,14 @@ def held(index: Path) -> dict[str, torch.Tensor]:
 
 def test_the_same_bytes_as_plain_writing(tmp_path: Path) -> None:
     write(tmp_path / "a.safetensors", TENSORS, {"title": "여우", "format": "pt"})
-    stream(tmp_path / "b.safetensors", TENSORS, {"title": "여우", "format": "pt"})
+    write(tmp_path / "b.safetensors", TENSORS, {"title": "여우", "format": "pt"})
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_the_digest_is_that_of_the_tensors(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     texts = {"a": '"hash":"0x' + "0" * 64 + '"', "hash": "an older one"}
-    stream(path, TENSORS, texts, digest="hash")
+    write(path, TENSORS, texts, digest="hash")
     header = read_header(path)
     body = path.read_bytes()[header.start :]
     assert header.metadata == {"a": texts["a"], "hash": "0x" + hashlib.sha256(body).hexdigest()}
@@ -50,7 +50,7 @@ def test_the_digest_is_that_of_the_tensors(tmp_path: Path) -> None:
 def test_progress_counts_every_byte_and_stops_the_work(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     meter = Meter(lambda done, total: told.append((done, total)), size(TENSORS))
-    stream(tmp_path / "a.safetensors", TENSORS, meter=meter)
+    write(tmp_path / "a.safetensors", TENSORS, meter=meter)
     assert told[-1] == (size(TENSORS), size(TENSORS)) and told == sorted(told)
 
     def stop(done: int, total: int) -> None:
@@ -58,7 +58,7 @@ def test_progress_counts_every_byte_and_stops_the_work(tmp_path: Path) -> None:
 
     before = (tmp_path / "a.safetensors").read_bytes()
     with pytest.raises(Cancelled):
-        stream(tmp_path / "a.safetensors", {"x": lazy(torch.ones(3))}, meter=Meter(stop, 12))
+        write(tmp_path / "a.safetensors", {"x": lazy(torch.ones(3))}, meter=Meter(stop, 12))
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert [place.name for place in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -66,7 +66,7 @@ def test_progress_counts_every_byte_and_stops_the_work(tmp_path: Path) -> None:
 def test_large_tensors_are_told_in_pieces(tmp_path: Path) -> None:
     told: list[int] = []
     meter = Meter(lambda done, total: told.append(done), 5 << 23)
-    stream(tmp_path / "a.safetensors", {"x": lazy(torch.zeros(5 << 21))}, meter=meter)
+    write(tmp_path / "a.safetensors", {"x": lazy(torch.zeros(5 << 21))}, meter=meter)
     assert told == [1 << 24, 1 << 25, 5 << 23]
 
 
@@ -78,7 +78,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
         ({"x": lazy(torch.ones(1))}, {"steps": 3}),
     ):
         with pytest.raises(BadInput):
-            stream(tmp_path / "a.safetensors", tensors, texts)  # type: ignore[arg-type]
+            write(tmp_path / "a.safetensors", tensors, texts)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
@@ -118,7 +118,7 @@ def test_names_that_are_taken_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="same names"):
         write_shards(path, TENSORS | {"scalar": lazy(torch.tensor(4.0))}, {}, 300)
     assert {place.name: place.read_bytes() for place in tmp_path.iterdir()} == before
-    stream(tmp_path / "whole.safetensors", TENSORS)
+    write(tmp_path / "whole.safetensors", TENSORS)
     with pytest.raises(BadInput, match="instead of the shards"):
         write_shards(tmp_path / "whole.safetensors", TENSORS, {}, 300)
     with pytest.raises(BadInput, match="only letters"):

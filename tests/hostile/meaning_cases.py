@@ -23,6 +23,10 @@ from tests.hostile import gguf_cases, pickle_files
 from tests.hostile.guest_cases import NAN, PAIR, Scene, write, zeros
 from tests.hostile.safetensors_cases import MISSING
 
+from sumuk.files import tensors as weight_files
+from sumuk.files.safetensors import read_header
+from sumuk.files.tensors import from_header
+
 # -- 70: configurations of a diffusers folder --------------------------------------------------------------------------
 
 
@@ -33,7 +37,13 @@ def model_folder() -> Path:
 
     place = Path(tempfile.mkdtemp(prefix="hostile-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    return zoo.write("sd1/text-to-image", place)[1]
+    folder = zoo.write("sd1/text-to-image", place)[1]
+    for path in folder.rglob(
+        "*.safetensors"
+    ):  # as another program writes it, so that its configurations are asked
+        tensors = from_header(read_header(path))
+        weight_files.write(path, tensors)
+    return folder
 
 
 def _linked(source: str, target: str) -> None:
@@ -69,9 +79,9 @@ CONFIGS: tuple[tuple[str, str | None, str, Change], ...] = (
     ("custom_pipeline", None, "model_index.json", {"custom_pipeline": "evil.py", "_class_name": "Evil"}),
     ("2^31 channels", None, UNET, {"in_channels": 2**31, "out_channels": 2**31}),
     ("blocks of 2^31 channels", None, UNET, {"block_out_channels": [2**31] * 4, "layers_per_block": 2**31}),
-    ("2^31 heads", None, UNET, {"attention_head_dim": 2**31, "cross_attention_dim": 2**31}),
+    ("2^31 heads", "model.config", UNET, {"attention_head_dim": 2**31, "cross_attention_dim": 2**31}),
     ("2^31 words", None, "text_encoder/config.json", {"vocab_size": 2**31, "hidden_size": 2**31}),
-    ("an activation os.system", "model.config", "text_encoder/config.json", {"hidden_act": "os.system"}),
+    ("an activation os.system", None, "text_encoder/config.json", {"hidden_act": "os.system"}),
     ("a size of 2^31", "meta.", UNET, {"sample_size": 2**31}),
     ("a size of 10^400", "meta.", UNET, {"sample_size": 10**400}),
     ("a negative size", "meta.", UNET, {"sample_size": -64}),
@@ -90,8 +100,10 @@ CONFIGS: tuple[tuple[str, str | None, str, Change], ...] = (
      {"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01, "sigma_max": 10**400}),
     ("a padding that is a list", "model.vocabulary", TOKENS, {"pad_token": ["x"]}),
     ("a padding that nobody knows", "model.vocabulary", TOKENS, {"pad_token": "os.system"}),
-    ("words with the numbers of others", "model.vocabulary", "tokenizer/vocab.json", b'{"a": -1, "b": 1e9}'),
+    ("words with the numbers of others", "tokens.", "tokenizer/vocab.json", b'{"a": -1, "b": 1e9}'),
     ("words that are a list", "", "tokenizer/vocab.json", b"[]"),
+    ("words 100,000 deep", "model.vocabulary", "tokenizer/vocab.json", b'{"a":' + b"[" * 100_000),
+    ("words of a gigabyte", "json.size", "tokenizer/vocab.json", _sparse),
     ("merges that are none", "model.vocabulary", "tokenizer/merges.txt", b"#version: 0.2\na b c d\n\xff\n"),
     ("100,000 deep", "json.parse", UNET, b'{"a":' + b"[" * 100_000),
     ("no JSON", "json.parse", VAE, b"{'a': 1}"),
@@ -216,28 +228,30 @@ def _pair_of(ending: str) -> Callable[[Path], Path]:
     return make
 
 
-ATTACKS = {
-    "replaced": "changed",
-    "rewritten": "changed",
-    "shrunk": "changed",
-    "emptied": "changed",
-    "grown": "changed",
-    "removed": "read",
-}
-"""What is done to the file, and how the code ends by which it is told."""
+ATTACKS = ("replaced", "rewritten", "shrunk", "emptied", "grown", "removed")
+KEPT = ("replaced", "removed")
+"""Done to a file that is open, these leave its reader the whole old one."""
 
 
 def _races() -> list[Scene]:
     found = []
     for ending in ("safetensors", "ckpt", "gguf"):
-        for attack, tail in ATTACKS.items():
-            front = "file" if tail == "changed" and ending != "gguf" else ending
-            for when in ("between header and load", "between two loads"):
-                reader = f"race {attack} {'late' if 'two' in when else 'early'}"
-                name, make = f"{ending}: {attack} {when}", _pair_of(ending)
-                found.append(Scene(72, name, f"{front}.{tail}", make, reader=reader))
+        changed = "gguf.changed" if ending == "gguf" else "file.changed"
+        for attack in ATTACKS:
+            early = f"{ending}.read" if attack == "removed" else changed
+            late = "" if attack in KEPT else None
+            first, second = (
+                f"{ending}: {attack} after its header was read",
+                f"{ending}: {attack} between two loads",
+            )
+            make = _pair_of(ending)
+            found.append(Scene(72, first, early, make, reader=f"race {attack} early"))
+            found.append(Scene(72, second, changed, make, late, reader=f"race {attack} late"))
         name = f"{ending}: shrunk while it is checked"
-        found.append(Scene(72, name, "", _pair_of(ending), reader="race shrunk check"))
+        changed = (
+            "safetensors.read" if ending == "safetensors" else changed
+        )  # there the missing bytes are noticed
+        found.append(Scene(72, name, changed, _pair_of(ending), reader="race shrunk check"))
     return found
 
 

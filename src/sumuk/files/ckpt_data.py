@@ -16,7 +16,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sumuk.base.errors import BadFile
-from sumuk.files.safetensors import BITS, stamp
+from sumuk.files.safetensors import BITS, Held
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,7 @@ class Storages:
         self.identity = identity
         self.runs = runs
         self.checked = checked
+        self.held: Held | None = None
         self.map: Any = None
         self.lock = Lock()
 
@@ -112,18 +113,16 @@ class Storages:
         return tensor
 
     def _mapped(self) -> Any:
-        if self.map is None:
-            try:
-                with self.path.open("rb") as file:
-                    if stamp(self.path) != self.identity:
-                        raise BadFile(
-                            f"{self.path}: was replaced since its header was read; try again", "file.changed"
-                        )
-                    self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except (OSError, ValueError) as error:
-                if isinstance(error, BadFile):
-                    raise
-                raise BadFile(f"{self.path}: cannot be read: {error}", "ckpt.read") from error
+        try:
+            if self.held is None:
+                held = Held(self.path, self.identity)
+                self.map = mmap.mmap(held.handle, 0, access=mmap.ACCESS_COPY)
+                self.held = held
+            self.held.check()
+        except (OSError, ValueError) as error:
+            if isinstance(error, BadFile):
+                raise
+            raise BadFile(f"{self.path}: cannot be read: {error}", "ckpt.read") from error
         return self.map
 
 

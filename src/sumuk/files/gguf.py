@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from sumuk.base.errors import BadFile
 from sumuk.files.gguf_header import CONTROL, I32, I64, TEXT, U32, Header, begin, read_values, refuse, shown
-from sumuk.files.safetensors import MAX_NAME, regular, stamp
+from sumuk.files.safetensors import MAX_NAME, Held, regular, stamp
 from sumuk.files.tensors import Lazy, Packed, Shape, Tensors
 
 if TYPE_CHECKING:
@@ -273,7 +273,8 @@ class _Data:
 
     def __init__(self, path: Path, identity: tuple[int, int, int, int], start: int) -> None:
         self.path, self.identity, self.start = path, identity, start
-        self.mapped: mmap.mmap | None = None
+        self.held: Held | None = None
+        self.mapped: Any = None
 
     def read(self, name: str, info: _Info) -> Tensor:
         """Its bytes: uint8 [size]."""
@@ -282,12 +283,11 @@ class _Data:
         if not info.size:
             return torch.empty(0, dtype=torch.uint8)
         try:
-            if self.mapped is None:
-                with self.path.open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-                if stamp(self.path) != self.identity:
-                    refuse(self.path, "changed", "was replaced since its header was read; try again")
-                self.mapped = mapped
+            if self.held is None:
+                held = Held(self.path, self.identity, "gguf.changed")
+                self.mapped = mmap.mmap(held.handle, 0, access=mmap.ACCESS_COPY)
+                self.held = held
+            self.held.check()
         except (OSError, ValueError) as error:
             if isinstance(error, BadFile):
                 raise

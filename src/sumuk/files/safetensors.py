@@ -17,6 +17,7 @@ import json
 import os
 import re
 import stat
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,10 +88,40 @@ class Header:
     stamp: tuple[int, int, int, int]
 
 
-def stamp(path: Path) -> tuple[int, int, int, int]:
-    """Identity of a file as far as the file system tells: device, inode, bytes, time of change in ns."""
-    info = path.stat()
+def stamp(file: Path | int) -> tuple[int, int, int, int]:
+    """Identity of a file, or of an open one, as the file system tells: device, inode, bytes, time of change in ns."""
+    info = os.stat(file)  # noqa: PTH116  # an open file has no path
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+
+
+class Held:
+    """A file that stays open, so that it can be asked again and again whether it is still what it was.
+
+    Whatever its name comes to mean, who holds a file has it whole. But one that is written over may change under its
+    reader, and one that is shortened kills a process that looks at mapped pages which are gone (SIGBUS).
+
+    Args:
+        path: the file.
+        identity: its stamp when its header was read.
+        code: of the error that says that it changed.
+
+    Raises:
+        OSError: it cannot be opened.
+        BadFile: it is another file by now.
+    """
+
+    def __init__(self, path: Path, identity: tuple[int, ...], code: str = "file.changed") -> None:
+        self.path, self.identity, self.code = path, identity, code
+        self.handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self.handle)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse it if it changed."""
+        if stamp(self.handle) != self.identity:
+            raise BadFile(
+                f"{self.path}: was replaced or changed since its header was read; try again", self.code
+            )
 
 
 def regular(path: str | os.PathLike[str]) -> Path:
@@ -106,7 +137,7 @@ def regular(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
         folder = str(path.absolute().parent)
-        raise MissingFile(f"no file {shown(path.name)} in {folder!r}{reason}") from None
+        raise MissingFile(f"no file {shown(path.name)} in {folder!r:.200}{reason}") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise BadFile(f"{path}: is {kind}; give a weight file", "file.kind")

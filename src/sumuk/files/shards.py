@@ -15,9 +15,9 @@ from typing import Any
 
 from sumuk.base.errors import BadFile, BadInput, MissingFile
 from sumuk.files.atomic import replacing
-from sumuk.files.metered import Meter, length, stream
+from sumuk.files.metered import Meter
 from sumuk.files.safetensors import MAX_HEADER, Header, read_header, regular, shown, swells
-from sumuk.files.tensors import Lazy
+from sumuk.files.tensors import Lazy, length, write
 
 MAX_INDEX = MAX_HEADER
 MAX_FILE_NAME = 255
@@ -105,7 +105,7 @@ def write_shards(
         tensors: name -> tensor.
         metadata: free texts; of several files the first holds them.
         shard_bytes: the most tensor bytes of a file; a larger tensor has one for itself. None: a single file.
-        digest: see :func:`~sumuk.files.metered.stream`; not for sets, as it would be of one shard alone.
+        digest: see :func:`~sumuk.files.tensors.write`; not for sets, as it would be of one shard alone.
         meter: told of the bytes written.
 
     Returns:
@@ -118,7 +118,7 @@ def write_shards(
     path = Path(path)
     groups = [sorted(tensors)] if shard_bytes is None else _groups(tensors, shard_bytes)
     if len(groups) == 1:
-        stream(path, tensors, metadata, digest=digest, meter=meter)
+        write(path, tensors, metadata, digest=digest, meter=meter)
         return (path,)
     stem, index = path.name.removesuffix(".safetensors"), index_of(path)
     names = [f"{stem}-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
@@ -139,7 +139,7 @@ def write_shards(
     try:
         for shard, own in zip(made, groups, strict=True):
             texts = metadata if shard is made[0] else {"format": "pt"}
-            stream(shard, {name: tensors[name] for name in own}, texts, meter=meter)
+            write(shard, {name: tensors[name] for name in own}, texts, meter=meter)
         where = {name: shard for shard, own in zip(names, groups, strict=True) for name in own}
         total = sum(length(one) for one in tensors.values())
         table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}

@@ -8,9 +8,10 @@ load.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
@@ -18,13 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.files.atomic import replacing
-from sumuk.files.safetensors import BITS, Header, stamp
+from sumuk.files.safetensors import BITS, Header, Held, stamp
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sumuk.files.metered import Meter
+
 Shape = tuple[int, ...]
+PIECE = 1 << 24
+"""Bytes between two reports of a file that is written."""
+EMPTY = "0x" + "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +115,29 @@ class Reader:
 
     def __init__(self, header: Header) -> None:
         self.header = header
+        self.held: Held | None = None
         self.handle: Any = None
 
     def get(self, name: str) -> Tensor:
         import torch
         from safetensors import SafetensorError, safe_open
 
-        path = self.header.path
+        path, dtype = self.header.path, self.header.tensors[name].dtype
+        if dtype not in dtypes():
+            raise BadFile(
+                f"{path}: tensor {name!r} is of {dtype}, which nothing here computes with",
+                "safetensors.dtype",
+            )
         try:
-            if self.handle is None:
+            if self.held is None:
+                held = Held(path, self.header.stamp)
                 self.handle = safe_open(path, framework="pt", device="cpu").__enter__()
-                if stamp(path) != self.header.stamp:
+                if stamp(path) != held.identity:  # the library opened it by its name
                     raise BadFile(
                         f"{path}: was replaced since its header was read; try again", "file.changed"
                     )
+                self.held = held
+            self.held.check()
             tensor: Tensor = self.handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BadFile(f"{path}: tensor {name!r} cannot be read: {error}", "safetensors.read") from error
@@ -135,6 +150,9 @@ def write(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Lazy | Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    digest: str | None = None,
+    meter: Meter | None = None,
 ) -> None:
     """Write a safetensors file in the memory of its largest tensor; the same tensors give the same bytes.
 
@@ -145,44 +163,74 @@ def write(
         path: where to; an existing file is replaced.
         tensors: name -> tensor, loaded one at a time.
         metadata: free texts.
+        digest: the metadata that shall hold the SHA-256 of all that follows the header, ``0x`` and 64 digits. It is
+            known only at the end; its place in the header is kept free until then.
+        meter: told of the bytes written.
 
     Raises:
         BadInput: a name, text or dtype that the format cannot hold.
         BadFile: writing failed; the old file is as it was.
     """
     entries = {name: value if isinstance(value, Lazy) else lazy(value) for name, value in tensors.items()}
-    for key, text in (metadata or {}).items():
-        if not isinstance(text, str):
-            raise BadInput(f"metadata {key!r} is {type(text).__name__}; safetensors files hold only texts")
-    if "__metadata__" in entries or "" in entries:
-        raise BadInput("a tensor cannot be named '' or '__metadata__' in a safetensors file")
+    texts = dict(metadata or {}) | ({digest: EMPTY} if digest else {})
     order = sorted(entries, key=lambda name: (-BITS[entries[name].dtype], name))
-    table: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))} if metadata else {}
-    at = 0
-    for name in order:
-        entry = entries[name]
-        end = at + entry.parameters * BITS[entry.dtype] // 8
-        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, end]}
-        at = end
-    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    header = _header(entries, order, texts)
+    sums = hashlib.sha256()
     with replacing(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            file.write(_bytes(name, entries[name]))
+            for piece in _pieces(name, entries[name]):
+                file.write(piece)
+                if digest:
+                    sums.update(piece)
+                if meter is not None:
+                    meter.add(len(piece))
+        if digest:
+            place = json.dumps({digest: EMPTY}, ensure_ascii=False, separators=(",", ":"))[1:-1].encode()
+            file.seek(8 + header.index(place) + len(place) - 1 - 64)
+            file.write(sums.hexdigest().encode())
 
 
-def _bytes(name: str, entry: Lazy) -> memoryview:
+def _header(tensors: Mapping[str, Lazy], order: list[str], texts: Mapping[str, str]) -> bytes:
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise BadInput(f"metadata {key!r} is {type(text).__name__}; safetensors files hold only texts")
+    if "__metadata__" in tensors or "" in tensors:
+        raise BadInput("a tensor cannot be named '' or '__metadata__' in a safetensors file")
+    table: dict[str, Any] = {"__metadata__": dict(sorted(texts.items()))} if texts else {}
+    at = 0
+    for name in order:
+        one = tensors[name]
+        end = at + length(one)
+        table[name] = {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [at, end]}
+        at = end
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)
+
+
+def _pieces(name: str, one: Lazy) -> Iterator[memoryview]:
     import torch
 
-    tensor = entry.load()
-    if tuple(tensor.shape) != entry.shape or dtype_name(tensor.dtype) != entry.dtype:
+    tensor = one.load()
+    if tuple(tensor.shape) != one.shape or dtype_name(tensor.dtype) != one.dtype:
         raise BadInput(
-            f"tensor {name!r} was announced as {entry.dtype} {list(entry.shape)} but is "
+            f"tensor {name!r} was announced as {one.dtype} {list(one.shape)} but is "
             f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    for begin in range(0, len(data), PIECE):
+        yield data[begin : begin + PIECE]
+
+
+def length(one: Lazy) -> int:
+    """Bytes that a tensor takes in a file."""
+    return one.parameters * BITS[one.dtype] // 8
+
+
+def size(tensors: Mapping[str, Lazy]) -> int:
+    """Bytes that tensors take in a file."""
+    return sum(length(one) for one in tensors.values())
 
 
 @lru_cache(maxsize=1)

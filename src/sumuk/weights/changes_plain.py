@@ -24,6 +24,9 @@ from sumuk.files.tensors import Shape
 MOST_RANK = 1 << 14
 """No weight of a published model has a larger rank than 4,096 (T5's); sums of several LoRAs may."""
 
+MOST_GROWTH = 16
+"""Times that a weight may grow; Black Forest Labs's control LoRAs double one."""
+
 WHOLE_NUMBERS = ("on_input", "reshape_weight", "bias_indices", "bias_size", "alpha")
 """Factors that may be stored as integers."""
 
@@ -270,7 +273,11 @@ def _grown(given: Factors) -> Shape:
     if "reshape_weight" not in given.given:
         return given.shape
     sizes = tuple(int(size) for size in given.given["reshape_weight"].flatten().tolist())
-    if len(sizes) != len(given.shape) or any(new < old for new, old in zip(sizes, given.shape, strict=True)):
+    if (
+        len(sizes) != len(given.shape)
+        or any(new < old for new, old in zip(sizes, given.shape, strict=True))
+        or prod(sizes) > MOST_GROWTH * prod(given.shape)
+    ):
         raise given.bad(
             f"reshape_weight {list(sizes)} does not enlarge a weight {list(given.shape)}", "shape"
         )

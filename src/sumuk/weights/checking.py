@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sumuk.files.hashes import Progress
+from sumuk.files.streaming import unmapped
 from sumuk.files.tensors import Lazy
 from sumuk.weights.source import read
 
@@ -51,7 +52,7 @@ def check(path: str | os.PathLike[str], progress: Progress | None = None) -> Che
         BadFile: a file that breaks the rules of its format, or whose checksums do not fit what it holds.
     """
     source = read(path)
-    every = {**source.tensors, **source.beside}
+    every = unmapped({**source.tensors, **source.beside})
     unsound: dict[str, str] = {}
     for number, (name, tensor) in enumerate(every.items(), start=1):
         if what := _unsound(tensor):

@@ -265,7 +265,9 @@ def _dtype(denoiser: Tensors, device: torch.device, dtype: str | torch.dtype | N
         return torch_dtype(dtype)
     counts = dict.fromkeys(FLOATS, 0)
     for tensor in denoiser.values():
-        if tensor.packed is None and tensor.dtype in counts:  # packed ones are expanded to whatever is asked for
+        if (
+            tensor.packed is None and tensor.dtype in counts
+        ):  # packed ones are expanded to whatever is asked for
             counts[tensor.dtype] += 1
     stored = max(counts, key=lambda name: counts[name])
     slow = device.type == "cpu" and stored == "F16"

@@ -21,10 +21,10 @@ from sumuk.families.detect import Match, Unknown
 from sumuk.families.family import Family
 from sumuk.files.hashes import Hashes, Progress, hashes
 from sumuk.files.metered import Meter
-from sumuk.files.metered import size as bytes_of
 from sumuk.files.quantised import METADATA
 from sumuk.files.shards import index_of, write_shards
 from sumuk.files.tensors import Tensors
+from sumuk.files.tensors import size as bytes_of
 from sumuk.weights.contents import DIGEST, Contents, known, of_opened, texts
 from sumuk.weights.encoding import Encoding, as_stored, plain_floats, read_dtype, read_quantise
 from sumuk.weights.inspect import CONTRADICTS, PREDICTION_KEYS, Opened, recognise

@@ -173,7 +173,7 @@ class Opened:
         """The continuous noise of Song et al. 2021 that the same networks can be trained on; None if none is named."""
         said, name = self.source.metadata.get("sumuk.schedule"), str(self.scheduler.get("_class_name", ""))
         if said is not None:
-            kind, *ends = said.split()
+            kind, *ends = said.split() or [""]
             where = "metadata sumuk.schedule"
         elif name in SCORE_SDE:
             kind, keys = SCORE_SDE[name]
@@ -200,7 +200,7 @@ class Opened:
     def size(self) -> int:
         """The longer side of the training images in pixels."""
         sides = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", said := self.resolution().value)
-        if not sides:
+        if not sides or not int(sides[1]) * int(sides[2]):
             where = f"{self.source.path}: resolution"
             raise BadFile(f"{where} is {said!r:.60}, not like '512x512'", "meta.resolution")
         return max(int(sides[1]), int(sides[2]))
@@ -230,7 +230,7 @@ class Opened:
             said = self.source.metadata.get(meta, usual)
         try:
             value = float(said)  # type: ignore[arg-type]  # anything else is caught
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise BadFile(f"{self.source.path}: {key} is {said!r:.60}, not a number", "meta.number")
@@ -252,7 +252,7 @@ class Opened:
             return Told(said, "metadata modelspec.resolution")
         for place in ("unet/config.json", "transformer/config.json", "config.json"):
             size = self.source.config(place).get("sample_size")
-            if isinstance(size, int):
+            if type(size) is int:  # True is no size
                 pixels = round(size * self.latent().stride)
                 return Told(f"{pixels}x{pixels}", place)
         if self.family.sides is not None:

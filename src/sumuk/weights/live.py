@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -165,6 +166,8 @@ def wear(path: Place, model: Model, *, partial: bool = False) -> LiveLora:
         one, other = relative_change(patch.change, _rows(value(network, patch.name), patch), 1.0)
         size, weights = size + one**2, weights + other**2
     change = (size / weights) ** 0.5 if weights else 0.0
+    if not isfinite(change):
+        raise BadFile(f"{path}: holds NaN, or numbers whose product is infinite", "lora.numbers")
     if change == 0.0 and not lora.embeddings:
         raise BadFile(f"{path}: changes nothing: all that it would add is zero", "lora.zero")
     return LiveLora(

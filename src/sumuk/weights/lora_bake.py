@@ -22,9 +22,9 @@ import torch
 
 from sumuk.base.errors import BadInput, nearest
 from sumuk.files.hashes import Hashes, Progress, hashes
-from sumuk.files.metered import Meter, size, stream
+from sumuk.files.metered import Meter
 from sumuk.files.quantised import METADATA
-from sumuk.files.tensors import Lazy, Shape, Tensors
+from sumuk.files.tensors import Lazy, Shape, Tensors, size, write
 from sumuk.weights.contents import DIGEST, known, of_opened, texts
 from sumuk.weights.convert import CARRIED, UNREAD
 from sumuk.weights.encoding import Encoding, as_stored, read_dtype
@@ -235,15 +235,15 @@ def _same(home: Host, native: Tensors, changed: Mapping[str, Any], encoding: Enc
     table = as_stored(source) if raw else source.tensors
     made = encoding.encode(table | _placed(opened, native, changed))
 
-    def write(out: Path, said: Mapping[str, str], meter: Meter) -> tuple[Path, ...]:
+    def put(out: Path, said: Mapping[str, str], meter: Meter) -> tuple[Path, ...]:
         every = texts(known(opened), said)
         if raw and METADATA in source.metadata:
             every[METADATA] = source.metadata[METADATA]
-        stream(out, made, every, digest=DIGEST, meter=meter)
+        write(out, made, every, digest=DIGEST, meter=meter)
         return (out,)
 
     gone = [(name, OPTIMIZER) for name in source.beside]
-    return _Work(tensors=made, write=write, left=by_reason(gone, source.beside))
+    return _Work(tensors=made, write=put, left=by_reason(gone, source.beside))
 
 
 def _anew(home: Host, native: Tensors, layout: str, encoding: Encoding) -> _Work:
@@ -252,13 +252,13 @@ def _anew(home: Host, native: Tensors, layout: str, encoding: Encoding) -> _Work
     contents = replace(of_opened(opened, folder=layout == "diffusers"), tensors=native)
     arranged = arrange(contents, layout, encoding)
 
-    def write(out: Path, said: Mapping[str, str], meter: Meter) -> tuple[Path, ...]:
+    def put(out: Path, said: Mapping[str, str], meter: Meter) -> tuple[Path, ...]:
         return store(arranged, out, metadata=said, digest=True, meter=meter)
 
     gone = [(name, reason(name)) for name in opened.moved.ignored if name not in CARRIED]
     left = by_reason(gone, source.tensors) + by_reason([(name, UNREAD) for name in arranged.ignored], native)
     beside = by_reason([(name, OPTIMIZER) for name in source.beside], source.beside)
-    return _Work(tensors=arranged.tensors, write=write, left=left + beside)
+    return _Work(tensors=arranged.tensors, write=put, left=left + beside)
 
 
 def _placed(opened: Opened, native: Tensors, changed: Mapping[str, Any]) -> Tensors:

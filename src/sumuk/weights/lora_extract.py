@@ -24,8 +24,7 @@ from torch import Tensor
 from sumuk.base.errors import BadFile, BadInput, nearest
 from sumuk.files.hashes import Progress
 from sumuk.files.layout import some
-from sumuk.files.metered import length
-from sumuk.files.tensors import Shape, Tensors, lazy
+from sumuk.files.tensors import Shape, Tensors, lazy, length
 from sumuk.weights.changes import make_change
 from sumuk.weights.encoding import read_dtype
 from sumuk.weights.lora import Patch

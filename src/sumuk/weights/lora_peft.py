@@ -63,7 +63,7 @@ class Scales:
                 break
         if value is None:
             return None
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not abs(value) < 1e300:  # of an int as well, however large
             raise self._bad("alpha", value)
         return float(value)
 

@@ -30,9 +30,9 @@ from sumuk.base.errors import BadFile, BadInput, nearest
 from sumuk.families.detect import Match
 from sumuk.files.hashes import Progress
 from sumuk.files.layout import some
-from sumuk.files.metered import Meter, length, size
+from sumuk.files.metered import Meter
 from sumuk.files.streaming import ahead, unmapped, written
-from sumuk.files.tensors import Lazy
+from sumuk.files.tensors import Lazy, length, size
 from sumuk.weights.contents import Contents, of_opened
 from sumuk.weights.encoding import Encoding
 from sumuk.weights.inspect import Opened, recognise

@@ -19,8 +19,7 @@ from sumuk.base.errors import BadFile, BadInput, nearest
 from sumuk.families.detect import Unknown
 from sumuk.families.family import Family
 from sumuk.files.layout import some
-from sumuk.files.metered import length
-from sumuk.files.tensors import Lazy, Tensors, torch_dtype
+from sumuk.files.tensors import Lazy, Tensors, length, torch_dtype
 from sumuk.weights.blocks import Blocks, Rates
 from sumuk.weights.building import check_config, refuse_leftovers
 from sumuk.weights.inspect import Opened

@@ -20,9 +20,9 @@ from sumuk.base.errors import BadFile, BadInput
 from sumuk.families.sd import SCHEDULE_BUFFERS
 from sumuk.files.hashes import Hashes, Progress, hashes
 from sumuk.files.layout import Pattern, some
-from sumuk.files.metered import Meter, length, size, stream
+from sumuk.files.metered import Meter
 from sumuk.files.quantised import METADATA
-from sumuk.files.tensors import Lazy, Tensors
+from sumuk.files.tensors import Lazy, Tensors, length, size, write
 from sumuk.weights.contents import DIGEST, STALE
 from sumuk.weights.encoding import Encoding, as_stored, plain_floats, read_dtype
 from sumuk.weights.source import Source, read
@@ -147,7 +147,7 @@ def prune(
     before = sum(file.stat().st_size for file in source.files)
     meter = Meter(progress, before + 2 * size(kept))
     digests = {str(file): hashes(file, meter.reading()) for file in source.files}
-    stream(out, kept, said, digest=DIGEST, meter=meter)
+    write(out, kept, said, digest=DIGEST, meter=meter)
     target = hashes(out, meter.reading())
     gone = [*dropped.items(), *((name, OPTIMIZER) for name in source.beside)]
     return Pruned(

@@ -19,7 +19,7 @@ from sumuk.base.errors import BadFile, MissingFile
 from sumuk.files.ckpt import read_ckpt
 from sumuk.files.gguf import read_gguf
 from sumuk.files.layout import some
-from sumuk.files.quantised import METADATA, fold
+from sumuk.files.quantised import fold
 from sumuk.files.safetensors import Header, read_header
 from sumuk.files.shards import read_json, read_shards
 from sumuk.files.tensors import Tensors, from_header
@@ -74,7 +74,7 @@ def read(path: str | os.PathLike[str], variant: str | None = None) -> Source:
         BadFile: a file that breaks the rules of its format, or is hostile.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not _is_folder(path):
         index = path.name.endswith(".json")
         piece = _safetensors(read_shards(path)) if index else _piece(path)
         return _source(path, [("", piece)], ())
@@ -87,6 +87,13 @@ def read(path: str | os.PathLike[str], variant: str | None = None) -> Source:
     if not below:
         raise MissingFile(f"no weights in the folder {str(path)!r} or its subfolders")
     return _source(path, below, tuple(notes))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long for the file system, which the readers tell of
+        return False
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,6 @@ def _safetensors(headers: Sequence[Header]) -> _Piece:
         tensors |= from_header(header)  # no name is in two shards, see read_shards
         metadata = {**header.metadata, **metadata}
     tensors, notes = fold(tensors, metadata)
-    metadata.pop(METADATA, None)  # what it says is in the tensors now
     return _Piece(tuple(header.path for header in headers), tensors, metadata, notes=notes)
 
 
@@ -203,7 +209,9 @@ def _folder_weights(folder: Path, variant: str | None, notes: list[str]) -> list
 def _loose(folder: Path) -> list[_Piece]:
     """A folder that holds just one weight file under a name of its own."""
     files = sorted(folder.glob("*.safetensors"))
-    files = files or sorted(place for place in folder.iterdir() if place.suffix.lower() in (*PICKLES, ".gguf"))
+    files = files or sorted(
+        place for place in folder.iterdir() if place.suffix.lower() in (*PICKLES, ".gguf")
+    )
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
         raise BadFile(

@@ -21,9 +21,9 @@ from sumuk.families.detect import Match, moved
 from sumuk.families.family import FAMILIES, Family, Part
 from sumuk.files.hashes import Hashes, Progress, hashes
 from sumuk.files.layout import some
-from sumuk.files.metered import Meter, size, stream
+from sumuk.files.metered import Meter
 from sumuk.files.quantised import METADATA
-from sumuk.files.tensors import Tensors
+from sumuk.files.tensors import Tensors, size, write
 from sumuk.weights.building import build, check_config
 from sumuk.weights.contents import (
     DIGEST,
@@ -128,7 +128,7 @@ def extract_vae(
     encoding = Encoding(dtype=read_dtype(dtype))
     made = encoding.encode(tensors)
     meter = Meter(progress, 2 * size(made))
-    stream(out, made, _texts(opened, family), digest=DIGEST, meter=meter)
+    write(out, made, _texts(opened, family), digest=DIGEST, meter=meter)
     return Extracted(
         path=out,
         title=family.title,
@@ -188,7 +188,7 @@ def bake_vae(
         said = kept_texts(opened.source) | {
             key: opened.source.metadata[key] for key in (METADATA,) if key in opened.source.metadata
         }
-        stream(out, made, said, digest=DIGEST, meter=meter)
+        write(out, made, said, digest=DIGEST, meter=meter)
         files = (out,)
     origin = opened.moved.origin
     return Baked(

@@ -13,7 +13,7 @@ from typing import Any
 from sumuk.base.errors import BadFile
 from sumuk.families.reading import Reading
 from sumuk.files.atomic import replacing
-from sumuk.files.shards import read_json
+from sumuk.files.shards import MAX_INDEX, read_json
 from sumuk.nets.tokens import BEGIN, END, ClipTokens
 from sumuk.weights.inspect import Opened
 from sumuk.weights.model import Words
@@ -46,6 +46,18 @@ def read(opened: Opened, reading: Reading, shape: Any) -> Words:
         BadFile: none is there, or it has more words than the tower has rows.
         MissingFile: T5's lies nowhere within reach; says where to put it.
     """
+    path = opened.source.path
+    try:
+        return _read(opened, reading, shape)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path}: its vocabulary cannot be read: {error}", "model.vocabulary") from None
+    except BadFile as error:
+        if str(path) in str(error):
+            raise
+        raise BadFile(f"{path}: {error}", error.code) from None
+
+
+def _read(opened: Opened, reading: Reading, shape: Any) -> Words:
     path = opened.source.path
     said = opened.source.metadata.get(meta(reading.part))
     tokens: Words
@@ -81,6 +93,9 @@ def _from_folder(folder: Path, reading: Reading, shape: Any) -> ClipTokens | Non
     """A tokenizer's folder, old (two files) or new (one); OpenAI's words where there is none and they fit."""
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
+    for name in ("vocab.json", "merges.txt"):
+        if (folder / name).is_file() and (size := (folder / name).stat().st_size) > MAX_INDEX:
+            raise BadFile(f"{folder / name}: {size} bytes are too many for a vocabulary", "json.size")
     if (folder / "vocab.json").exists():
         tokens = ClipTokens.from_files(folder / "vocab.json", folder / "merges.txt", length=shape.length)
     elif (folder / "tokenizer.json").exists():
@@ -93,7 +108,7 @@ def _from_folder(folder: Path, reading: Reading, shape: Any) -> ClipTokens | Non
     pad = pad.get("content") if isinstance(pad, dict) else pad
     if pad is None:
         return tokens
-    if pad not in tokens.vocabulary:
+    if not isinstance(pad, str) or pad not in tokens.vocabulary:
         raise BadFile(f"{folder}: pad_token {pad!r:.40} is not in the vocabulary", "model.vocabulary")
     return ClipTokens(tokens.vocabulary, tokens.merges, pad=tokens.vocabulary[pad], length=shape.length)
 

@@ -19,9 +19,9 @@ from sumuk.base.errors import BadInput, nearest
 from sumuk.families.family import Arrangement, Family, Kind
 from sumuk.files.atomic import creating, replacing
 from sumuk.files.metered import Meter
-from sumuk.files.metered import size as bytes_of
 from sumuk.files.shards import write_shards
 from sumuk.files.tensors import Tensors, lazy
+from sumuk.files.tensors import size as bytes_of
 from sumuk.weights import vocabulary
 from sumuk.weights.contents import DIGEST, Contents, of_model, texts
 from sumuk.weights.encoding import Encoding, read_dtype
