@@ -238,7 +238,9 @@ class LowRank(Change):
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         if self.grown != self.shape or "bias_values" in self.factors:
             return None
-        down, up = self._pair(self.factors["lora_down.weight"])
+        down, up = self._pair(
+            self.factors["lora_down.weight"].float()
+        )  # a core is folded in here, so not in float16
         return down, up, self.scale
 
     def _pair(self, like: Tensor) -> tuple[Tensor, Tensor]:

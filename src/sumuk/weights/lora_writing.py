@@ -42,6 +42,8 @@ IMPLEMENTATIONS = {
     "cascade": "https://github.com/Stability-AI/StableCascade",
 }
 """Whose paths the layers have; those of Stable Diffusion 1 and 2 are the diffusers library's."""
+BASES = {"sdxl": {"ss_base_model_version": "sdxl_base_v1-0"}, "sd2": {"ss_v2": "True"}}
+"""By which A1111 lists a LoRA under its model; what says neither is taken for Stable Diffusion 1."""
 MODELSPEC = "1.0.1"
 
 
@@ -156,6 +158,7 @@ class _Kohya:
             "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
             "ss_network_dim": _one([_rank(factors) for factors in layers.values()]),
             "ss_network_alpha": _one([_alpha(factors) for factors in layers.values()]),
+            **BASES.get(family.name, {}),
         }
         if not plain and len(methods) == 1:
             said["ss_network_args"] = json.dumps({"algo": methods[0].lower()})
