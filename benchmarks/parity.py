@@ -25,7 +25,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from tests.parity import test_pipelines_dit, test_pipelines_sd
+from tests.parity import test_pipelines_dit, test_pipelines_lora, test_pipelines_sd
 from tests.parity.pipelines import Case
 
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
@@ -225,7 +225,7 @@ def main() -> None:
         theirs = net.theirs if net.theirs == HERE else f"`{net.theirs}`"
         nets.append([net.title, f"`{net.ours}`", theirs, str(count), number(value)])
         print(*nets[-1], sep="  ", flush=True)
-    for case in (*test_pipelines_sd.HERE, *test_pipelines_dit.HERE):
+    for case in (*test_pipelines_sd.HERE, *test_pipelines_dit.HERE, *test_pipelines_lora.HERE):
         value = whole(case)
         excess = f" (**fails**: limit {number(case.limit)})" if value > case.limit else ""
         pipelines.append([case.name, f"`{case.pipeline}`", case.how, number(value) + excess])
