@@ -195,3 +195,31 @@ def test_files_without_codes_are_filled_as_ever(model: Model):
         network = filled(model, tensors, torch.float32, keep)
         assert kept(network).weights == {}
         assert all(torch.equal(value, tensors[name].load()) for name, value in network.state_dict().items())
+
+
+def test_a_t5_of_llama_cpp_supplies_the_tower_of_a_model(tmp_path: Path) -> None:
+    """Its names are known to the kind T5 alone, not to FLUX.1, whose second tower it becomes."""
+    gguf = pytest.importorskip("gguf")
+    from sumuk.families.encoders import LLAMA
+    from sumuk.files.gguf import read_gguf
+    from sumuk.files.tensors import lazy
+    from sumuk.weights.source import read
+    from sumuk.weights.supply import supply
+
+    model = zoo.tiny("flux/dev")
+    tower = model.networks["text_2"]
+    part = LLAMA.parts[0][0].name
+    native = {f"{part}.{name}": lazy(value) for name, value in tower.state_dict().items()}
+    writer = gguf.GGUFWriter(tmp_path / "t5.gguf", "t5encoder")
+    for name, one in LLAMA.layout(native, backward=True).backward(native).tensors.items():
+        writer.add_tensor(name, one.load().float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "enc.blk.0.attn_q.weight" in read_gguf(tmp_path / "t5.gguf").tensors
+    wanted = next(each for each in model.family.parts if each.name == "text_2")
+    found = supply(model.family, read(tmp_path / "t5.gguf"), wanted).tensors("text_2")
+    expected = tower.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].load(), value.float()) for name, value in expected.items())

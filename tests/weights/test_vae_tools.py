@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(single: Path, other: Path, tmp_path: Path)
     with pytest.raises(BadFile, match=r"lacks 1 tensors.*decoder\.norm_out\.bias"):
         bake_vae(single, tmp_path / "v.safetensors", out)
     write(tmp_path / "u.safetensors", {"x": torch.ones(2)})
-    with pytest.raises(MissingFile, match="holds no autoencoder"):
+    with pytest.raises(BadFile, match="has no part 'vae' to supply"):
         bake_vae(single, tmp_path / "u.safetensors", out)
     with pytest.raises(BadFile, match="unknown model"):
         bake_vae(tmp_path / "u.safetensors", other, out)

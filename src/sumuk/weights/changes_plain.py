@@ -27,6 +27,9 @@ MOST_RANK = 1 << 14
 MOST_GROWTH = 16
 """Times that a weight may grow; Black Forest Labs's control LoRAs double one."""
 
+MOST_SIDES = 8
+"""Dimensions of a weight."""
+
 WHOLE_NUMBERS = ("on_input", "reshape_weight", "bias_indices", "bias_size", "alpha")
 """Factors that may be stored as integers."""
 
@@ -133,7 +136,7 @@ class Factors:
         for name in sorted({*self.given} - {*needed, *allowed}):
             raise self.bad(f"{name} has no meaning beside {needed[0]}", "unknown")
         for name, factor in self.given.items():
-            if not factor.is_floating_point() and name not in WHOLE_NUMBERS:
+            if factor.is_complex() or not (factor.is_floating_point() or name in WHOLE_NUMBERS):
                 raise self.bad(f"{name} is {factor.dtype}, not of a floating-point type", "type")
 
     def matrix(self, name: str, rows: int | None = None, columns: int | None = None) -> tuple[int, int]:
@@ -274,7 +277,7 @@ def lora_of(down: Tensor, up: Tensor, shape: Shape, where: str) -> LowRank:
 def _grown(given: Factors) -> Shape:
     if "reshape_weight" not in given.given:
         return given.shape
-    sizes = tuple(int(size) for size in given.given["reshape_weight"].flatten().tolist())
+    sizes = _sizes(given, "reshape_weight")
     if (
         len(sizes) != len(given.shape)
         or any(new < old for new, old in zip(sizes, given.shape, strict=True))
@@ -286,6 +289,15 @@ def _grown(given: Factors) -> Shape:
     return sizes
 
 
+def _sizes(given: Factors, name: str) -> Shape:
+    """A factor that holds a shape, whatever type its numbers have."""
+    stored = given.given[name]
+    numbers = stored.flatten().tolist() if stored.numel() <= MOST_SIDES else []
+    if not numbers or not all(0 < each < 2**31 for each in numbers):  # NaN is neither
+        raise given.bad(f"{name}, {numbers or list(stored.shape)}, is no shape", "shape")
+    return tuple(int(each) for each in numbers)
+
+
 def _check_sparse(given: Factors) -> None:
     there = [name for name in SPARSE if name in given.given]
     if not there:
@@ -293,13 +305,13 @@ def _check_sparse(given: Factors) -> None:
     if len(there) < len(SPARSE):
         lost = next(name for name in SPARSE if name not in there)
         raise given.bad(f"{lost} is not there, without which {', '.join(there)} are of no use", "half")
-    indices, values, size = (given.given[name] for name in SPARSE)
-    sizes = torch.tensor([int(each) for each in size.flatten().tolist()])
-    if (sizes < 1).any() or prod(sizes.tolist()) != prod(given.shape):
+    indices, values = given.given["bias_indices"], given.given["bias_values"]
+    sizes = torch.tensor(_sizes(given, "bias_size"))
+    if prod(sizes.tolist()) != prod(given.shape):
         raise given.bad(f"bias_size {sizes.tolist()} does not hold a weight {list(given.shape)}", "shape")
     if tuple(indices.shape) != (len(sizes), values.numel()) or values.ndim != 1:
         raise given.misfit("bias_indices", f"{len(sizes)} rows and a column for each of bias_values")
-    if ((indices < 0) | (indices >= sizes[:, None])).any():
+    if not ((indices >= 0) & (indices < sizes[:, None])).all():  # NaN is neither
         raise given.bad(f"bias_indices point outside of bias_size {sizes.tolist()}", "shape")
 
 

@@ -19,7 +19,7 @@ from sumuk.base.errors import BadFile, BadInput, MissingFile, nearest
 from sumuk.diffusion.prediction import PREDICTIONS
 from sumuk.families.autoencoder import DECODER
 from sumuk.families.cascade_parts import IMAGE
-from sumuk.families.detect import Match, Unknown, moved
+from sumuk.families.detect import Unknown
 from sumuk.families.family import Family, Latent, Part
 from sumuk.files.tensors import Tensors, torch_dtype
 from sumuk.nets.tokens import ClipTokens
@@ -30,6 +30,7 @@ from sumuk.weights.guests import with_guests
 from sumuk.weights.inspect import Opened
 from sumuk.weights.model import Model, WeightFile, Words
 from sumuk.weights.source import read
+from sumuk.weights.supply import supply
 from sumuk.weights.writing import save
 
 __all__ = ["load", "save"]
@@ -212,26 +213,7 @@ def _supplied(family: Family, parts: Sequence[Part], places: Mapping[str, Place 
             continue
         if name not in known:
             raise BadInput(f"{family.title} has no part {name!r}{nearest(name, known)}")
-        opened[name] = _supply(family, place, known[name])
-    return opened
-
-
-def _supply(family: Family, path: Place, part: Part) -> Opened:
-    """Another file that holds a part, alone or among others."""
-    source, name = read(path), part.name
-    for arrangement in family.arrangements:
-        if arrangement.name.startswith("bare"):
-            # The part by itself: whatever else is named like it (two CLIP towers are) cannot be meant.
-            alone = replace(arrangement, parts=((part, ""),))
-            opened = Opened(source, Match(family, alone, moved(alone, source.tensors)))
-            if opened.has(part) and not opened.moved.unknown and not opened.moved.halves:
-                return opened
-    opened = inspect.recognise(source)
-    answer = opened.answer
-    there = answer.family.parts if isinstance(answer, Match) else answer.parts
-    if not any(each.name == name and opened.has(each) for each in there):
-        why = f": {answer.why}" if isinstance(answer, Unknown) else f"; it is {answer.family.title}"
-        raise BadFile(f"{path}: has no part {name!r} to supply{why}", "model.part")
+        opened[name] = supply(family, read(place), known[name])
     return opened
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sumuk.base.errors import BadFile, BadInput, MissingFile
-from sumuk.families.detect import Match, moved
+from sumuk.families.detect import Match
 from sumuk.families.family import FAMILIES, Family, Part
 from sumuk.files.hashes import Hashes, Progress, hashes
 from sumuk.files.layout import some
@@ -39,6 +39,7 @@ from sumuk.weights.encoding import Encoding, as_stored, plain_floats, read_dtype
 from sumuk.weights.inspect import Opened, recognise
 from sumuk.weights.prune import AVERAGED, LOSS, check_suffix, check_target, kept_texts, reason
 from sumuk.weights.source import Source, read
+from sumuk.weights.supply import supply
 from sumuk.weights.writing import arrange, store
 
 VAE = "vae"
@@ -156,8 +157,9 @@ def bake_vae(
         progress: called with bytes done and bytes in all; an exception that it raises stops the work.
 
     Raises:
-        MissingFile: ``vae`` holds none.
-        BadFile: it does not fit, is not whole, or writing failed; what was there before is as it was.
+        MissingFile: no such file.
+        BadFile: ``vae`` holds none, or one that does not fit or is not whole; writing failed. What was there before
+            is as it was.
         BadInput: the checkpoint is a network alone, with no place for another.
     """
     began = time.monotonic()
@@ -283,24 +285,10 @@ def _spec(architecture: str) -> dict[str, str]:
 
 
 def _donor(family: Family, part: Part, path: str | os.PathLike[str]) -> tuple[Opened, Tensors]:
-    """Another file's autoencoder.
-
-    Raises:
-        MissingFile: it has none.
-    """
+    """Another file's autoencoder."""
     source = read(path)
-    source = replace(source, tensors=plain_floats(source.tensors))
-    for arrangement in family.arrangements:
-        if arrangement.name.startswith("bare"):
-            # The part by itself: of whatever size, while the published kinds know only their own.
-            alone = replace(arrangement, parts=((part, ""),))
-            opened = Opened(source, Match(family, alone, moved(alone, source.tensors)))
-            if opened.has(part) and not opened.moved.unknown and not opened.moved.halves:
-                return opened, opened.own(part.name)
-    opened = recognise(source)
-    if isinstance(opened.answer, Match) and opened.has(part):
-        return opened, opened.tensors(part.name)
-    raise MissingFile(f"{path}: holds no {part.title} of {family.title}")
+    opened = supply(family, replace(source, tensors=plain_floats(source.tensors)), part)
+    return opened, opened.tensors(part.name)
 
 
 def _check_fit(opened: Opened, part: Part, old: Tensors, donor: Opened, new: Tensors) -> tuple[str, ...]:
