@@ -5,116 +5,39 @@ from __future__ import annotations
 import json
 import os
 import time
-import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.hostile.safetensors_cases import BROKEN, entry, one, raw
 
 from sumuk.base.errors import BadFile, MissingFile
-from sumuk.files.safetensors import MAX_TENSORS, read_header
+from sumuk.files.safetensors import MAX_HEADER, MAX_TENSORS, read_header
 from sumuk.files.tensors import from_header
 
-
-def raw(header: bytes, data: bytes = b"") -> bytes:
-    return len(header).to_bytes(8, "little") + header + data
-
-
-def entry(shape=(2,), begin=0, end=8, dtype="F32", **more) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end], **more}
+IN_NUMBERS = ("4-bit elements, which nothing computes with",)
+"""What the header does not show."""
 
 
-def one(name="w", data=bytes(8), **kinds) -> bytes:
-    return raw(json.dumps({name: entry(**kinds)}).encode(), data)
-
-
-def two(first: dict, second: dict, data=bytes(16)) -> bytes:
-    return raw(json.dumps({"a": first, "b": second}).encode(), data)
-
-
-GOOD = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
-
-HOSTILE = {  # name: (bytes, code)
-    "empty": (b"", "short"),
-    "seven bytes": (bytes(7), "short"),
-    "header length 0": (bytes(8), "start"),
-    "header length 2^63": ((2**63).to_bytes(8, "little") + bytes(64), "length"),
-    "header length 2^64-1": ((2**64 - 1).to_bytes(8, "little") + bytes(64), "length"),
-    "header longer than the file": ((len(GOOD) + 9).to_bytes(8, "little") + GOOD + bytes(8), "length"),
-    "a ZIP pickle": (b"PK\x03\x04" + bytes(200), "length"),
-    "a web page": (b"<!DOCTYPE html><html>" + b" " * 50, "length"),
-    "not UTF-8": (raw(b'{"\xff\xfe":1}'), "utf8"),
-    "byte order mark": (raw(b"\xef\xbb\xbf" + GOOD, bytes(8)), "start"),
-    "a list": (raw(b"[]"), "start"),
-    "leading space": (raw(b" " + GOOD, bytes(8)), "start"),
-    "trailing NULs": (raw(GOOD + bytes(8), bytes(8)), "json"),
-    "second JSON": (raw(GOOD + b"{}", bytes(8)), "json"),
-    "cut JSON": (raw(GOOD[:-1], bytes(8)), "json"),
-    "duplicate tensor": (raw(GOOD[:-1] + b"," + GOOD[1:], bytes(8)), "duplicate"),
-    "duplicate field": (raw(GOOD.replace(b'"F32"', b'"F32","dtype":"F32"'), bytes(8)), "duplicate"),
-    "duplicate metadata": (raw(b'{"__metadata__":{"a":"1","a":"2"}}'), "duplicate"),
-    "two metadata": (raw(b'{"__metadata__":{},"__metadata__":{}}'), "duplicate"),
-    "metadata not texts": (raw(b'{"__metadata__":{"a":1}}'), "metadata"),
-    "metadata a list": (raw(b'{"__metadata__":[]}'), "metadata"),
-    "too much metadata": (raw(json.dumps({"__metadata__": {str(i): "" for i in range(10_001)}}).encode()), "metadata"),
-    "unknown field": (one(note="x"), "fields"),
-    "missing field": (raw(b'{"w":{"dtype":"F32","shape":[2]}}', bytes(8)), "fields"),
-    "entry a list": (raw(b'{"w":[]}'), "fields"),
-    "unknown dtype": (one(dtype="F33"), "dtype"),
-    "dtype a number": (one(dtype=32), "dtype"),
-    "odd number of 4-bit elements": (one(dtype="F4", shape=(3,), end=1, data=bytes(1)), "size"),
-    "negative offset": (one(begin=-8, end=0, data=b""), "offsets"),
-    "reversed offsets": (one(begin=8, end=0), "offsets"),
-    "float offsets": (raw(GOOD.replace(b"[0,8]", b"[0.0,8.0]"), bytes(8)), "number"),
-    "true as offset": (raw(GOOD.replace(b"[0,8]", b"[false,8]"), bytes(8)), "offsets"),
-    "three offsets": (raw(GOOD.replace(b"[0,8]", b"[0,4,8]"), bytes(8)), "offsets"),
-    "infinite offset": (raw(GOOD.replace(b"[0,8]", b"[0,Infinity]"), bytes(8)), "number"),
-    "5,000-digit offset": (raw(GOOD.replace(b"[0,8]", b"[0," + b"8" * 5000 + b"]"), bytes(8)), "json"),
-    "same bytes twice": (two(entry(), entry(), bytes(8)), "overlap"),
-    "partial overlap": (two(entry(), entry(begin=4, end=12), bytes(12)), "overlap"),
-    "hole before": (one(begin=8, end=16, data=bytes(16)), "hole"),
-    "hole between": (two(entry(), entry(begin=12, end=20), bytes(20)), "hole"),
-    "ZIP tail": (one(data=bytes(8) + b"PK\x05\x06" + bytes(18)), "tail"),
-    "truncated": (one(data=bytes(7)), "truncated"),
-    "shape and span disagree": (one(shape=(3,)), "size"),
-    "shape overflow": (one(shape=(2**62, 2**62)), "size"),
-    "dimension above 2^63": (one(shape=(2**64 - 1, 0), end=0, data=b""), "shape"),
-    "negative dimension": (one(shape=(-2,)), "shape"),
-    "empty tensor inside another": (two(entry(), entry(shape=(0,), begin=4, end=4), bytes(8)), "overlap"),
-    "65 dimensions": (one(shape=(1,) * 65, end=4, data=bytes(4)), "shape"),
-    "empty name": (one(name=""), "name"),
-    "path as name": (one(name="../../etc/passwd"), "name"),
-    "absolute path as name": (one(name="/etc/passwd"), "name"),
-    "windows path as name": (one(name="..\\x"), "name"),
-    "NUL in name": (one(name="a\0b"), "name"),
-    "lone surrogate in name": (raw(GOOD.replace(b'"w"', b'"\\ud800"'), bytes(8)), "name"),
-    "501 characters in name": (one(name="x" * 501), "name"),
-    "100,000 deep": (raw(b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "depth"),
-    "many empty tensors": (
-        raw(b"{%s}" % b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(500_000))),
-        "count",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_header_is_refused_by_name(case: str, tmp_path: Path) -> None:
-    content, code = HOSTILE[case]
+@pytest.mark.parametrize(
+    ("name", "code", "made"),
+    [each[1:] for each in BROKEN if each[2] != "bool" and each[1] not in IN_NUMBERS],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hostile_header_is_refused_by_name(
+    name: str, code: str, made: bytes | Callable[[], bytes], tmp_path: Path
+) -> None:
     path = tmp_path / "hostile.safetensors"
-    path.write_bytes(content)
-    tracemalloc.start()
-    began = time.perf_counter()
+    path.write_bytes(made() if callable(made) else made)
+    began = time.process_time()
     with pytest.raises(BadFile) as caught:
         read_header(path)
-    seconds = time.perf_counter() - began
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert caught.value.code == f"safetensors.{code}"
+    assert time.process_time() - began < 1.0
+    assert caught.value.code.startswith(f"safetensors.{code}"), caught.value.code
     assert "hostile.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert seconds < 1.0
-    assert peak < 64 * 2**20
 
 
 def test_good_header_agrees_with_the_library(tmp_path: Path) -> None:
@@ -165,6 +88,30 @@ def test_a_file_replaced_after_its_header_was_read_is_noticed(tmp_path: Path) ->
     assert caught.value.code == "file.changed"
 
 
+def test_a_file_written_over_between_two_loads_is_noticed(tmp_path: Path) -> None:
+    """In place, so that the pages under the reader change; shortened, they would be gone and kill the process."""
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(40_000), "b": torch.zeros(40_000)}, path)
+    lazies = from_header(read_header(path))
+    lazies["a"].load()
+    os.truncate(path, 100)
+    with pytest.raises(BadFile) as caught:
+        lazies["b"].load()
+    assert caught.value.code == "file.changed"
+
+
+def test_a_file_that_is_replaced_while_it_is_read_stays_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(4), "b": torch.ones(4)}, path)
+    lazies = from_header(read_header(path))
+    lazies["a"].load()
+    save_file({"b": torch.zeros(9)}, tmp_path / "other")
+    (tmp_path / "other").replace(path)
+    assert torch.equal(lazies["b"].load(), torch.ones(4))
+    path.unlink()
+    assert torch.equal(lazies["b"].load(), torch.ones(4))
+
+
 def test_twenty_four_gigabytes_are_opened_at_once(tmp_path: Path) -> None:
     """Only the header is read: a sparse file of a large model's size opens in a fraction of a second."""
     count, size = 1000, 24_000_000
@@ -182,4 +129,4 @@ def test_twenty_four_gigabytes_are_opened_at_once(tmp_path: Path) -> None:
 
 
 def test_the_limit_is_far_above_real_files() -> None:
-    assert MAX_TENSORS >= 100_000
+    assert MAX_TENSORS >= 50_000 and MAX_HEADER >= 16 * 2**20

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def _quantised(rng: random.Random) -> list[tuple[str, str, list[int], bytes]]:
     return rng.choice((scaled, codes, scaled + codes))
 
 
+def described(dtype: str, shape: list[int], begin: int, size: int) -> tuple[tuple[str, Any], ...]:
+    """The fields of a tensor."""
+    return ("dtype", dtype), ("shape", shape), ("data_offsets", [begin, begin + size])
+
+
 def _good(rng: random.Random) -> tuple[Fields, bytes]:
     """A good file: its entries and its data."""
     kinds = [dtype for dtype in BITS if BITS[dtype] >= 8]
@@ -87,12 +93,9 @@ def _good(rng: random.Random) -> tuple[Fields, bytes]:
     entries: Fields = []
     data = b""
     for name, dtype, shape, own in made:
-        count = BITS[dtype] // 8
-        for side in shape:
-            count *= side
+        count = prod(shape) * BITS[dtype] // 8
         own = own if len(own) == count else bytes(count) if dtype == "BOOL" else rng.randbytes(count)
-        fields = (("dtype", dtype), ("shape", shape), ("data_offsets", [len(data), len(data) + count]))
-        entries.append((name, fields))
+        entries.append((name, described(dtype, shape, len(data), count)))
         data += own
     if rng.random() < 0.5:
         entries.insert(0, ("__metadata__", tuple((key, "x") for key in rng.sample(KEYS[:2], 2))))
@@ -104,9 +107,9 @@ def _value(rng: random.Random, value: Any) -> Any:
     if isinstance(value, list) and value and rng.random() < 0.6:
         at = rng.randrange(len(value))
         return [*value[:at], _value(rng, value[at]), *value[at + 1 :]]
-    if isinstance(value, list) and rng.random() < 0.7:
+    if isinstance(value, list) and len(value) < 200 and rng.random() < 0.7:
         return rng.choice((value[:-1], [*value, rng.choice(NUMBERS)], value * 2, value * 40, value[::-1]))
-    if isinstance(value, str) and rng.random() < 0.7:
+    if isinstance(value, str) and len(value) < 200 and rng.random() < 0.7:
         return rng.choice((*BITS, value.lower(), value * 300, "F33"))
     if type(value) is int and rng.random() < 0.8:
         return rng.choice((*NUMBERS, *(value + step for step in (-8, -1, 1, 8)), value * 2, value // 2))
@@ -189,10 +192,18 @@ def _damaged(rng: random.Random, raw: bytes, other: bytes) -> bytes:
     return bytes(changed)
 
 
-def mutations(seed: int, count: int) -> Iterator[bytes]:
-    """So many files, the same for a seed; some of them are still good."""
+def mutations(
+    seed: int, count: int, make: Callable[[random.Random], tuple[Fields, bytes]] = _good
+) -> Iterator[bytes]:
+    """So many files, the same for a seed; some of them are still good.
+
+    Args:
+        seed: of everything.
+        count: of files.
+        make: a good file's entries and data.
+    """
     rng = random.Random(seed)
-    good = [_good(rng) for _ in range(60)]
+    good = [make(rng) for _ in range(60)]
     before = b"\x02" + bytes(7) + b"{}"
     for _ in range(count):
         found, data = rng.choice(good)

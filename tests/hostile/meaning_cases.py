@@ -117,6 +117,28 @@ CONFIGS: tuple[tuple[str, str | None, str, Change], ...] = (
 )  # fmt: skip
 """Name, code (None: it is read, and nothing of it obeyed), file, and how it is changed."""
 
+TOLD: tuple[tuple[str, str | None, dict[str, str]], ...] = (
+    ("a prediction os.system", "meta.prediction", {"modelspec.prediction_type": "os.system"}),
+    ("an empty prediction", "meta.prediction", {"modelspec.prediction_type": ""}),
+    ("a prediction of 1 MB", "meta.prediction", {"modelspec.prediction_type": "x" * 10**6}),
+    ("a resolution of 10^9", "meta.resolution", {"modelspec.resolution": "1000000000x1000000000"}),
+    ("a resolution of 0", "meta.resolution", {"modelspec.resolution": "0x0"}),
+    ("a resolution in other digits", "meta.resolution", {"modelspec.resolution": "٥١٢x٥١٢"}),
+    ("a latent scale of NaN", "meta.number", {"sumuk.latent_scale": "nan"}),
+    ("a latent scale of words", "meta.number", {"sumuk.latent_scale": "__import__('os')"}),
+    ("an empty noise", "meta.schedule", {"sumuk.schedule": ""}),
+    ("noise without ends", "meta.schedule", {"sumuk.schedule": "ve"}),
+    ("noise that ends at infinity", "meta.schedule", {"sumuk.schedule": "ve 0.01 1e999"}),
+    ("noise turned round", "meta.schedule", {"sumuk.schedule": "vp 20 0.1"}),
+    ("words that are no JSON", "tokens.json", {"sumuk.tokenizer": "{"}),
+    ("words 50,000 deep", "model.vocabulary", {"sumuk.tokenizer": '{"a":' * 50_000}),
+    ("words of nothing", "tokens.json", {"sumuk.tokenizer": "{}"}),
+    ("words with a padding of 2^62", "",
+     {"sumuk.tokenizer": '{"length":2,"merges":[],"pad":4611686018427387904,"vocabulary":{}}'}),
+    ("a vocabulary where OpenAI's is asked", "model.vocabulary", {}),
+)  # fmt: skip
+"""Name, code, and what the header of a single file says in addition; nothing: not even what it should."""
+
 # -- 71: what is no file -----------------------------------------------------------------------------------------------
 
 
@@ -278,8 +300,19 @@ def _config(name: str, code: str | None, place: str, change: Change) -> Scene:
     return Scene(70, f"{place}: {name}", code or "", make, warns, reader="load")
 
 
+def _told(name: str, code: str | None, metadata: dict[str, str]) -> Scene:
+    def make(folder: Path) -> Path:
+        whole = read_header(model_folder().with_suffix(".safetensors"))
+        texts = {**whole.metadata, **metadata} if metadata else {}
+        weight_files.write(folder / "hostile.safetensors", from_header(whole), texts)
+        return folder / "hostile.safetensors"
+
+    return Scene(70, f"metadata: {name}", code or "", make, "" if code is None else None, reader="load")
+
+
 CASES: tuple[Scene, ...] = (
     *(_config(*one) for one in CONFIGS),
+    *(_told(*one) for one in TOLD),
     *(Scene(71, f"place: {name}", code, make, reader=reader) for name, code, make, reader in PLACES),
     *_races(),
 )

@@ -227,6 +227,7 @@ BUILT: list[tuple[int, str, str, Made | Callable[[], Made]]] = [
     (34, "a line break in a name", "key", {"a\nb": tensor()}),
     (34, "a name of 501 letters", "key", {"a" * 251: {"b" * 249: tensor()}}),
     (34, "200,001 tensors", "budget", lambda: reused(200_000)),
+    (34, "50,001 tensors", "budget", lambda: reused(50_000)),
     (34, "one tensor without a name", "object", file(tensor())),
 ]  # fmt: skip
 """Number, name, code, and what: opcodes (of the value of the key "w"), a dict, a pickle, or a whole file."""

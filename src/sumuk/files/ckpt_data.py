@@ -50,6 +50,10 @@ class Look:
         them than it has: a file of a kilobyte could stand for a terabyte otherwise.
         """
         count = available * 8 // BITS[self.kind]
+        if (
+            prod(max(n, 1) for n in self.size) >= 2**63
+        ):  # steps are counted in 64 bits, also beside a size of 0
+            return f"has the sizes {list(self.size)!s:.80}, whose steps are above 2^63"
         if prod(self.size) > count:
             return f"has {prod(self.size)} elements in a storage of {count}: expanded, save it with .clone()"
         last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))

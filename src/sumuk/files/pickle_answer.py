@@ -24,7 +24,7 @@ from sumuk.files.pickle_nodes import (
 )
 from sumuk.files.pickles import Machine
 
-MAX_TENSORS = 200_000
+MAX_TENSORS = 50_000
 MAX_KEY = 500
 MAX_DEPTH = 64
 MAX_LEAVES = 2_000_000

@@ -278,6 +278,8 @@ def _entry(path: Path, name: str, entry: object) -> TensorInfo:
         _refuse(path, "shape", f"{what} has the shape {shape!r:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         _refuse(path, "offsets", f"{what} has the offsets {offsets!r:.80}")
+    if prod(max(side, 1) for side in shape) >= 2**63:  # steps are counted in 64 bits, also beside a size of 0
+        _refuse(path, "size", f"{what} has the shape {shape!s:.80}, whose steps are above 2^63")
     begin, end = offsets
     if begin > end:
         _refuse(path, "offsets", f"{what} ends at {end} before it begins at {begin}")

@@ -241,9 +241,9 @@ class LowRank(Change):
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         if self.grown != self.shape or "bias_values" in self.factors:
             return None
-        down, up = self._pair(
-            self.factors["lora_down.weight"].float()
-        )  # a core is folded in here, so not in float16
+        down = self.factors["lora_down.weight"]
+        # A core is folded in here, for which float16 is too coarse; without one the factors stay what they are.
+        down, up = self._pair(down.float() if "lora_mid.weight" in self.factors else down)
         return down, up, self.scale
 
     def _pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
