@@ -17,9 +17,9 @@ from sumuk.generate.engine import Finished, Preview, Progress
 from sumuk.weights.model import Model
 
 FOLDER = Path(__file__).parents[2] / "examples"
-EXAMPLES = sorted(
-    set(FOLDER.glob("*.py")) - {FOLDER / "zoo.py"}
-)  # a script with choices: tests/weights/test_zoo.py
+CHOICES = {FOLDER / "zoo.py", FOLDER / "hostile.py"}
+"""Scripts with choices: tests/weights/test_zoo.py, tests/laws/test_hostile_files.py."""
+EXAMPLES = sorted(set(FOLDER.glob("*.py")) - CHOICES)
 needs_miniature = pytest.mark.skipif(not MINIATURE.is_file(), reason="the miniature is not built yet")
 
 

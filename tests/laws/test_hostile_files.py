@@ -8,6 +8,7 @@ meant for. What opens is read whole as well, since some damage lies in the numbe
 from __future__ import annotations
 
 import random
+import runpy
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -182,3 +183,13 @@ def test_each_flipped_bit_is_noticed_where_the_hash_is_known(kind: str, tmp_path
 
 def flipped(raw: bytes, at: int, rng: random.Random) -> bytes:
     return raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :]
+
+
+def test_the_example_writes_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).parents[2] / "examples" / "hostile.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--out", str(tmp_path / "out")])
+    runpy.run_path(str(script), run_name="__main__")
+    assert len(list((tmp_path / "out").iterdir())) == len(CASES)
+    assert capsys.readouterr().out.startswith(f"{len(CASES)} files in ")
