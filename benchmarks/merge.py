@@ -5,8 +5,8 @@
 
 Files of random float16 numbers are written in the layout of the published one. Then, in a process of its own each, with
 the files dropped from the page cache as far as the system does so: a copy with the same fsync as every write here, and
-the merge. Memory is the largest resident set that the kernel saw. Hashing the parents, which the result's recipe needs,
-is part of the merge and told apart.
+the merge. Memory is the largest resident set that the kernel saw. The merge hashes its parents, which the result's
+recipe needs, while it works.
 """
 
 from __future__ import annotations
@@ -70,25 +70,18 @@ def copy(source: Path, out: Path) -> None:
 
 def work(task: str, inputs: list[Path], out: Path, method: str) -> None:
     """One measurement, in a process of its own; prints what it took."""
-    marks: dict[str, float] = {}
     began = time.perf_counter()
     if task == "copy":
         copy(inputs[0], out)
     else:
         from sumuk.weights.merge import merge
 
-        parents = sum(path.stat().st_size for path in inputs)
-
-        def told(done: int, _: int) -> None:
-            if done >= parents:
-                marks.setdefault("hashed", time.perf_counter() - began)
-
-        merge(inputs, out, method=method, alpha=0.3, progress=told)
+        merge(inputs, out, method=method, alpha=0.3)
     took = time.perf_counter() - began
     # Of this process alone: what getrusage tells begins with the parent's.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     peak = int(status["VmHWM"].split()[0]) * 1024
-    print(json.dumps({"seconds": took, "peak": peak, "cpu": time.process_time()} | marks))
+    print(json.dumps({"seconds": took, "peak": peak, "cpu": time.process_time()}))
 
 
 def measure(task: str, inputs: list[Path], out: Path, method: str) -> dict[str, float]:
@@ -134,20 +127,11 @@ def main() -> None:
         copied = measure("copy", inputs[:1], out, chosen.method)
         out.unlink()
         merged = measure("merge", inputs, out, chosen.method)
-        rows = {
-            "copy, with fsync": copied,
-            f"{chosen.method}": merged,
-            "  hashing of it": {"seconds": merged["hashed"]},
-            "  merging of it": {"seconds": merged["seconds"] - merged["hashed"]},
-        }
-        for title, row in rows.items():
+        for title, row in {"copy, with fsync": copied, chosen.method: merged}.items():
             speed = f"{size / row['seconds'] / 1e9:9.2f}"
-            more = f"{row['peak'] / 1e6:8.0f} {row['cpu']:6.1f}" if "peak" in row else ""
-            print(f"{title:24} {row['seconds']:8.1f} {speed} {more}")
-        ratio = copied["seconds"] / (merged["seconds"] - merged["hashed"])
-        print(
-            f"\nmerging runs at {ratio:.2f} of the copy, {copied['seconds'] / merged['seconds']:.2f} with the hashes"
-        )
+            print(f"{title:24} {row['seconds']:8.1f} {speed} {row['peak'] / 1e6:8.0f} {row['cpu']:6.1f}")
+        ratio = copied["seconds"] / merged["seconds"]
+        print(f"\nmerging, the hashes of both parents included, runs at {ratio:.2f} of the copy")
     finally:
         shutil.rmtree(place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 
@@ -17,12 +18,14 @@ class Meter:
         self.progress = progress
         self.total = total
         self.done = 0
+        self._one_at_a_time = threading.Lock()
 
     def add(self, count: int) -> None:
-        """So many more are done; headers, which nobody foresaw, do not lead beyond the end."""
-        self.done = min(self.done + count, self.total)
-        if self.progress is not None:
-            self.progress(self.done, self.total)
+        """So many more are done, in whatever thread; headers, which nobody foresaw, do not lead beyond the end."""
+        with self._one_at_a_time:
+            self.done = min(self.done + count, self.total)
+            if self.progress is not None:
+                self.progress(self.done, self.total)
 
     def reading(self) -> Callable[[int, int], None]:
         """A callback for one file, which is told its bytes from the first on."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ def write_shards(
     shard_bytes: int | None = None,
     *,
     digest: str | None = None,
+    settle: Callable[[], Mapping[str, str]] | None = None,
     meter: Meter | None = None,
 ) -> tuple[Path, ...]:
     """Write one file, or, where the tensors take more than ``shard_bytes``, several and an index beside them.
@@ -105,7 +106,7 @@ def write_shards(
         tensors: name -> tensor.
         metadata: free texts; of several files the first holds them.
         shard_bytes: the most tensor bytes of a file; a larger tensor has one for itself. None: a single file.
-        digest: see :func:`~sumuk.files.tensors.write`; not for sets, as it would be of one shard alone.
+        digest, settle: see :func:`~sumuk.files.tensors.write`; not for sets, as a digest would be of one shard alone.
         meter: told of the bytes written.
 
     Returns:
@@ -118,7 +119,7 @@ def write_shards(
     path = Path(path)
     groups = [sorted(tensors)] if shard_bytes is None else _groups(tensors, shard_bytes)
     if len(groups) == 1:
-        write(path, tensors, metadata, digest=digest, meter=meter)
+        write(path, tensors, metadata, digest=digest, settle=settle, meter=meter)
         return (path,)
     stem, index = path.name.removesuffix(".safetensors"), index_of(path)
     names = [f"{stem}-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]

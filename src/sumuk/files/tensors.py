@@ -152,6 +152,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
     *,
     digest: str | None = None,
+    settle: Callable[[], Mapping[str, str]] | None = None,
     meter: Meter | None = None,
 ) -> None:
     """Write a safetensors file in the memory of its largest tensor; the same tensors give the same bytes.
@@ -165,6 +166,8 @@ def write(
         metadata: free texts.
         digest: the metadata that shall hold the SHA-256 of all that follows the header, ``0x`` and 64 digits. It is
             known only at the end; its place in the header is kept free until then.
+        settle: asked when all tensors are written for texts to stand in place of those of ``metadata``, which must be
+            as long or longer: what else is known only then.
         meter: told of the bytes written.
 
     Raises:
@@ -185,10 +188,12 @@ def write(
                     sums.update(piece)
                 if meter is not None:
                     meter.add(len(piece))
-        if digest:
-            place = json.dumps({digest: EMPTY}, ensure_ascii=False, separators=(",", ":"))[1:-1].encode()
-            file.seek(8 + header.index(place) + len(place) - 1 - 64)
-            file.write(sums.hexdigest().encode())
+        late = ({digest: f"0x{sums.hexdigest()}"} if digest else {}) | dict(settle() if settle else {})
+        if late:
+            again = _header(entries, order, texts | late)
+            assert len(again) <= len(header)
+            file.seek(8)
+            file.write(again.ljust(len(header)))
 
 
 def _header(tensors: Mapping[str, Lazy], order: list[str], texts: Mapping[str, str]) -> bytes:

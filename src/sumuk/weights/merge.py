@@ -19,7 +19,7 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,7 +200,7 @@ def verify(
     meter = Meter(
         progress, sum(map(_on_disk, inputs)) + made.surveyed + sum(length(wanted[name]) for name in names)
     )
-    _hashed(recipe, inputs, meter)
+    _hashed(recipe, inputs, meter, lambda: False)
     made.survey(meter.add)
     arrangement = opened.answer.arrangement
     away = (
@@ -243,18 +243,16 @@ def _names(places: Sequence[Place]) -> list[str]:
     ]
 
 
-def _hashed(recipe: Recipe, inputs: Sequence[Opened], meter: Meter) -> Recipe:
-    """The recipe with the hash of every model; two files are read at a time."""
-    one_at_a_time = threading.Lock()
+def _hashed(recipe: Recipe, inputs: Sequence[Opened], meter: Meter, given_up: Callable[[], bool]) -> Recipe:
+    """The recipe with the hash of every model; two files are read at a time, until it is given up."""
 
     def digest(path: Path) -> str:
         # Not hashes(), which sums the tensors a second time for a name that nobody asks for here.
         sums, piece = hashlib.sha256(), memoryview(bytearray(1 << 22))
         with path.open("rb", buffering=0) as file:
-            while count := file.readinto(piece):
+            while not given_up() and (count := file.readinto(piece)):
                 sums.update(piece[:count])
-                with one_at_a_time:
-                    meter.add(count)
+                meter.add(count)
         return sums.hexdigest()
 
     files = dict.fromkeys(file for each in inputs for file in each.source.files)
@@ -282,6 +280,13 @@ def _hashed(recipe: Recipe, inputs: Sequence[Opened], meter: Meter) -> Recipe:
     return replace(recipe, models=tuple(models))
 
 
+def _unhashed(recipe: Recipe) -> Recipe:
+    """The recipe with something in the place of every hash, as long as one and unlike the others."""
+    return replace(
+        recipe, models=tuple(Parent(model.name, f"{at:064d}") for at, model in enumerate(recipe.models))
+    )
+
+
 def _root(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
@@ -306,17 +311,31 @@ def _make(recipe: Recipe, places: Sequence[Path], out: Path, progress: Progress 
     contents = replace(contents, tensors=made.native, metadata=said)
     arranged = arrange(contents, layout, Encoding())
     meter = Meter(progress, sum(map(_on_disk, inputs)) + made.surveyed + size(arranged.tensors))
-    recipe = _hashed(recipe, inputs, meter)
-    parents = {
-        model.sha256 or "": each.source.metadata for model, each in zip(recipe.models, inputs, strict=True)
-    }
     made.survey(meter.add)
     out.parent.mkdir(parents=True, exist_ok=True)
-    texts = metadata_of(recipe, parents) | {
-        "modelspec.title": " + ".join(Path(m.name).stem for m in recipe.models)
-    }
-    with ahead(arranged.tensors, _order(arranged), lambda name: _weight(made, arranged, name)) as ready:
-        store(replace(arranged, tensors=ready), out, metadata=texts, meter=meter)
+    stop = threading.Event()
+
+    def told(known: Recipe) -> dict[str, str]:
+        parents = {m.sha256 or "": each.source.metadata for m, each in zip(known.models, inputs, strict=True)}
+        title = " + ".join(Path(m.name).stem for m in known.models)
+        return metadata_of(known, parents) | {"modelspec.title": title}
+
+    with ThreadPoolExecutor(1, thread_name_prefix="hashes") as beside:
+        hashing = beside.submit(_hashed, recipe, inputs, meter, stop.is_set)
+        try:
+            # A folder's texts are written first. A file's header keeps room for hashes, which are worked out meanwhile.
+            single = layout not in DIFFUSERS
+            if any(model.sha256 for model in recipe.models):
+                hashing.result()  # a recipe's models are checked before anything is written
+            texts = told(_unhashed(recipe) if single else hashing.result())
+            settle = (lambda: told(hashing.result())) if single else None
+            with ahead(
+                arranged.tensors, _order(arranged), lambda name: _weight(made, arranged, name)
+            ) as ready:
+                store(replace(arranged, tensors=ready), out, metadata=texts, settle=settle, meter=meter)
+            recipe = hashing.result()
+        finally:
+            stop.set()
     counts = (len(made.mixed), len(made.kept), len(made.lone))
     return Merged(out, recipe, contents.kind.key, *counts, tuple(_notes(made, contents, arranged)))
 

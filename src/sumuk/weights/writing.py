@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,7 @@ def store(
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int | None = None,
     digest: bool = False,
+    settle: Callable[[], Mapping[str, str]] | None = None,
     meter: Meter | None = None,
 ) -> tuple[Path, ...]:
     """Write what was arranged.
@@ -193,6 +194,7 @@ def store(
         metadata: further texts for the header.
         shard_bytes: the most bytes of one file, see :func:`~sumuk.files.shards.write_shards`.
         digest: whether a single file's metadata shall hold the digest of its tensors.
+        settle: texts of a single file that are known only at the end, see :func:`~sumuk.files.tensors.write`.
         meter: told of the bytes written.
 
     Returns:
@@ -213,7 +215,13 @@ def store(
         if part not in contents.usual:
             said[vocabulary.meta(part)] = tokens.to_json()
     return write_shards(
-        path, arranged.tensors, said, shard_bytes, digest=DIGEST if digest else None, meter=meter
+        path,
+        arranged.tensors,
+        said,
+        shard_bytes,
+        digest=DIGEST if digest else None,
+        settle=settle,
+        meter=meter,
     )
 
 
