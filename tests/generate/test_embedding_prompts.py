@@ -345,10 +345,12 @@ def test_what_was_used_is_told():
     assert told("(bad-hands-5:1.2) AND embedding:FOXLING") == ("bad-hands-5", "foxling")
     assert told("[hill:foxling:2] [|sea]") == ("hill", "sea", "foxling")
     assert told("[hill:foxling:2]", 2) == ("hill",)
-    assert used(parse("[hill:[foxling:sea:0.5]:20] x"), embeddings, words) == ("hill", "foxling", "sea")
-    assert used(parse("foxling"), {}, words) == ()
+    assert told("[hill:[foxling:sea:0.9]:20] x", 40) == ("hill", "foxling", "sea")
+    assert told("[hill:foxling:20]", 10) == ("hill",), "what no step reads is not told"
+    assert used(parse("[hill:foxling:20]"), embeddings, words, 20, base=10) == ("hill", "foxling")
+    assert used(parse("foxling"), {}, words, 4) == ()
     t5_too = {"text": vocabulary(), "text_2": animal("flux/dev").words["text_2"]}
-    assert used(parse("a foxling"), embeddings, t5_too) == ("foxling",)
+    assert used(parse("a foxling"), embeddings, t5_too, 4) == ("foxling",)
 
 
 def test_parity_with_diffusers(tmp_path: Path):

@@ -105,12 +105,11 @@ def test_windows_are_shares_of_the_steps(dressed_model: Model) -> None:
 
 
 def test_blocks_have_rates(dressed_model: Model) -> None:
-    named = one(dressed_model, prompt="a fox <lora:ink:1:lbw=1,0,0,0,0,0,0,0,0,0>")
-    field = one(
-        dressed_model, prompt="a fox ", loras=[{"name": "ink", "blocks": "IN*:0,M00:0,OUT*:0,IN00:1"}]
-    )
-    assert gap(named, field) == 0
-    assert gap(named, one(dressed_model, prompt="a fox ")) == 0, "none of its layers is in IN00"
+    named = one(dressed_model, prompt="a fox <lora:ink:1:lbw=1,0,1,0,0,0,0,0,0,0>")
+    if_written_out = [{"name": "ink", "blocks": "IN*:0,M00:0,OUT*:0,IN01:1"}]
+    assert gap(named, one(dressed_model, prompt="a fox ", loras=if_written_out)) == 0
+    assert gap(named, one(dressed_model, prompt="a fox ")) > 0
+    assert gap(named, one(dressed_model, prompt="a fox <lora:ink:1>")) > 0
 
 
 @pytest.mark.parametrize(
@@ -129,6 +128,9 @@ def test_blocks_have_rates(dressed_model: Model) -> None:
         ({"prompt": "a <lora:ink:1:start=0.5:end=0.5>"}, "start 0.5 is not before end 0.5"),
         ({"prompt": "a <lora:ink:1:start=0.9>", "steps": 4}, "no step of 4 lies from start 0.9 to end 1 of 'ink'"),
         ({"prompt": "a <lora:ink:1:lbw=NONSENSE>"}, "NONSENSE"),
+        ({"prompt": "a <lora:ink:1:lbw=1,1,0,0,0,0,0,0,0,0>"}, "changes nothing with these strengths and blocks"),
+        ({"prompt": "a <lora:ink:0.5:1>"}, "te 0.5 of the LoRA 'ink' does nothing, as it changes no text tower"),
+        ({"prompt": "a <lora:words:1:0:end=0.5>"}, "start and end of the LoRA 'words' do nothing"),
         ({"prompt": "a <lora:ink:1:lbw=1,0,1>"}, "3 block rates do not fit this model"),
         ({"prompt": "a <hypernet:h:1:2>"}, "takes one number"),
         ({"loras": [{"name": "ink", "wight": 1}]}, "unknown setting"),

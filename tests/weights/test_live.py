@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from examples import zoo
 from tests.weights.tiny import tiny, weights
+from torch import nn
 
+import sumuk
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.files.tensors import write
 from sumuk.generate.wear import Outfit, dressed
@@ -189,3 +193,29 @@ def test_models_are_loaded_with_adapters_by_name(model: Model, tmp_path: Path) -
         with_guests(loaded, loras={"ink": path})
     with pytest.raises(BadInput, match=r"partial names 'inc'.*'ink'"):
         load(tmp_path / "model.safetensors", loras={"ink": path}, partial=["inc"])
+
+
+@pytest.mark.parametrize(
+    "key", ["sd2/text-to-image", "sdxl/base", "sd3/3.5-medium", "flux/dev", "cascade/stage-c"]
+)
+def test_every_layer_of_every_family_can_be_worn_live(key: str, tmp_path: Path) -> None:
+    """Live is fused on all linear layers and convolutions, also those whose channels do not meet."""
+    model = zoo.tiny(key)
+    torch.manual_seed(0)
+    tensors = {}
+    for name, layer in model.denoiser.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            shape = layer.weight.shape
+            tensors[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(2, *shape[1:])
+            ones = [1] * (len(shape) - 2)
+            tensors[f"diffusion_model.{name}.lora_B.weight"] = 0.02 * torch.randn(shape[0], 2, *ones)
+    write(tmp_path / "all.safetensors", tensors)
+    worn = with_guests(model, loras={"all": tmp_path / "all.safetensors"})
+    assert worn.loras["all"].applied.matched == len(tensors) / 2
+    size = {"steps": 2, "seed": 1, "width": 128, "height": 128}
+    live = np.asarray(sumuk.draw("a fox <lora:all:1>", model=worn, **size), np.int16)
+    fusion = fuse(model, [Worn(worn.loras["all"], "all", 1.0)])
+    fused = np.asarray(sumuk.draw("a fox ", model=model, **size), np.int16)
+    fusion.eject()
+    plain = np.asarray(sumuk.draw("a fox ", model=model, **size), np.int16)
+    assert np.abs(live - fused).max() <= 1 and np.abs(live - plain).max() > 10

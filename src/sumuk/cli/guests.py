@@ -85,9 +85,7 @@ def guests(
         shelf = MINIATURE.parent  # what ships with the miniature is for it
     if shelf is not None:
         before = sum(map(len, found.files.values()))
-        for sort, name, path in _on_shelf(
-            Shelf(shelf), tags, text, {sort: dict(some) for sort, some in found.files.items()}
-        ):
+        for sort, name, path in _on_shelf(Shelf(shelf), tags, text, found.files):
             found.files[sort].setdefault(name, path)
         if sum(map(len, found.files.values())) == before:
             raise BadInput(f"nothing on the shelf {str(shelf)!r} is named in the prompt; leave --shelf out")

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from sumuk.weights.embedding import Embedding
     from sumuk.weights.model import Words
 
-MOST_STEPS = 1000
-"""Up to which a schedule is followed for a receipt."""
-
 _MARKS = r"\s,;:!?()\[\]{}<>|\"'"
 _NAMED = re.compile(r"(?<!\w)embedding:(?=\S)")
 _MARK = re.compile(rf"[{_MARKS}]")
@@ -139,7 +136,8 @@ def used(
     prompt: Prompt,
     embeddings: Mapping[str, Embedding],
     vocabularies: Mapping[str, Words],
-    steps: int = MOST_STEPS,
+    steps: int,
+    base: int | None = None,
 ) -> tuple[str, ...]:
     """The embeddings that a prompt reads at any step, for a receipt; in the order in which they come.
 
@@ -147,14 +145,15 @@ def used(
         prompt: what was parsed.
         embeddings: by the names that prompts use.
         vocabularies: of the model's towers, by part.
-        steps: how many there are; by default whatever a schedule leads to counts.
+        steps: of this pass.
+        base: steps of the first pass, if this is a second.
     """
     if not embeddings:
         return ()
     towers = [Learnt(embeddings, part, tokens) for part, tokens in vocabularies.items()]
     found: dict[str, None] = {}
-    for step in prompt.changes(steps):
-        texts = [each for part in prompt.at(step, steps) for each in part.segments if each is not BREAK]
+    for step in prompt.changes(steps, base):
+        texts = [each for part in prompt.at(step, steps, base) for each in part.segments if each is not BREAK]
         words = [word for each in texts for tower in towers for word in tower.words(each.text)]
         found |= dict.fromkeys(word.name for word in words if isinstance(word, Word))
     return tuple(found)

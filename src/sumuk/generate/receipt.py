@@ -73,7 +73,8 @@ def adapters(model: Model, settings: Settings) -> list[dict[str, Any]]:
     named = {
         name: None
         for prompt in (settings.prompt, settings.negative)
-        for name in used(prompt, model.embeddings, model.words)
+        for steps, base in settings.passes
+        for name in used(prompt, model.embeddings, model.words, steps, base)
     }
     guests += [("embedding", name, model.embeddings[name]) for name in named]
     return [

@@ -40,6 +40,8 @@ class Settings:
     seed: int
     walked: int
     """Steps of the first pass after strength shortened them."""
+    rewalked: int | None = None
+    """The same of the second pass; None without one."""
     larger: tuple[int, int] | None
     """Width and height of the second pass."""
     kind: str = "classifier-free"
@@ -64,6 +66,12 @@ class Settings:
         """A fresh solver with the request's settings."""
         eta = self.request.eta
         return self.listing() if eta is None else self.listing(eta=eta)
+
+    @property
+    def passes(self) -> tuple[tuple[int, int | None], ...]:
+        """How the prompt's schedules are read: the steps of every pass, and of the one that it goes on from."""
+        every = ((self.walked, None), (self.rewalked, self.walked), (self.decoder_steps, None))
+        return tuple((steps, base) for steps, base in every if steps)
 
     @property
     def guidance(self) -> Guidance:
@@ -152,6 +160,7 @@ def resolve(request: Request, model: Model) -> Settings:
         guidance_scale=scale,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         walked=walks[0],
+        rewalked=walks[1] if len(walks) > 1 else None,
         larger=_larger(request, model, width, height),
         kind=model.family.guidance,
         guided=model.family.guided,

@@ -58,8 +58,7 @@ class Wardrobe:
         """
         if model is not self.model:
             return NOTHING
-        strengths = (wear.weight if wear.text_weight is None else wear.text_weight for wear in self.loras)
-        return Outfit(self._worn(part, zip(self.loras, strengths, strict=True)))
+        return Outfit(self._worn(part, ((wear, on_text(wear)) for wear in self.loras)))
 
     def on_network(self, part: str, step: int, steps: int) -> Outfit:
         """What a denoising network wears in step ``step`` of ``steps`` (from 0)."""
@@ -67,6 +66,16 @@ class Wardrobe:
         hypers = [each for each in self.hypers if acts(each, step, steps)] if part == "denoiser" else []
         return Outfit(
             self._worn(part, now), tuple((self.model.hypernets[each.name], each.weight) for each in hypers)
+        )
+
+    def changes(self, wear: Wear, part: str) -> bool:
+        """Whether a LoRA changes anything of a part, by its strengths and rates."""
+        tower = part in {reading.part for reading in self.model.readings}
+        return any(
+            each.rate(patch)
+            for each in self._worn(part, [(wear, on_text(wear) if tower else wear.weight)])
+            for patch in each.live.lora.patches
+            if patch.part == part
         )
 
     def _worn(self, part: str, some: Iterable[tuple[Wear, float]]) -> tuple[Worn, ...]:
@@ -80,6 +89,11 @@ class Wardrobe:
     @cached_property
     def _rates(self) -> dict[str, BlockRates]:
         return {wear.name: BlockRates.read(wear.blocks, self.model) for wear in self.loras if wear.blocks}
+
+
+def on_text(wear: Wear) -> float:
+    """Its strength on text towers."""
+    return wear.weight if wear.text_weight is None else wear.text_weight
 
 
 def acts(wear: Wear | Hyper, step: int, steps: int) -> bool:
@@ -112,10 +126,27 @@ def wardrobe(request: Request, prompt: Prompt, negative: Prompt, model: Model) -
     _check(loras, model.loras, "LoRA")
     _check(hypers, model.hypernets, "hypernetwork")
     made = Wardrobe(model, tuple(loras), tuple(hypers))
-    assert (
-        made._rates is not None
-    )  # blocks are read here, so that a bad one is refused before anything is drawn
+    for each in made.loras:
+        _check_effect(made, each)
     return made
+
+
+def _check_effect(made: Wardrobe, wear: Wear) -> None:
+    """Refuse what a LoRA is told and what then changes nothing."""
+    live, towers = made.model.loras[wear.name], {reading.part for reading in made.model.readings}
+    if wear.text_weight is not None and not towers & set(live.parts):
+        raise BadInput(
+            f"te {wear.text_weight:g} of the LoRA {wear.name!r} does nothing, as it changes no text tower; leave it out"
+        )
+    denoises = any(made.changes(wear, part) for part in live.parts if part not in towers)
+    if not denoises and not any(made.changes(wear, part) for part in live.parts if part in towers):
+        raise BadInput(
+            f"the LoRA {wear.name!r} changes nothing with these strengths and blocks; leave it out"
+        )
+    if not denoises and (wear.start, wear.end) != (0.0, 1.0):
+        raise BadInput(
+            f"start and end of the LoRA {wear.name!r} do nothing, as it changes text towers alone, which read once"
+        )
 
 
 def _lora(tag: Tag) -> Wear:

@@ -77,13 +77,14 @@ def with_thin(network: nn.Module, worn: Sequence[tuple[Thin, Strengths]]) -> Ite
     for thin, strengths in worn:
         if any(strengths):
             additions[thin.layer].append((thin, strengths))
-    layers = dict(network.named_modules())
     with ExitStack() as stack:
         for name, here in additions.items():
-            layer = layers.get(name)
+            try:
+                layer = network.get_submodule(name)
+            except AttributeError:
+                raise BadInput(f"the network has no layer {name!r} to add to") from None
             if not isinstance(layer, nn.Linear | nn.Conv2d):
-                what = "is not there" if layer is None else f"is a {type(layer).__name__}"
-                raise BadInput(f"thin layers cannot be added to {name!r}, which {what}")
+                raise BadInput(f"thin layers cannot be added to {name!r}, which is a {type(layer).__name__}")
             stack.callback(layer.register_forward_hook(_adding(here)).remove)
         yield
 

@@ -186,7 +186,10 @@ def _is_layer(network: nn.Module, name: str) -> bool:
     layer = network.get_submodule(name)
     if isinstance(network, T5Encoder) and name.endswith(".wo") and layer.weight.dtype == torch.float16:
         return False  # there the weight is read, and the product made in float32
-    return isinstance(layer, nn.Linear | nn.Conv2d)
+    if isinstance(layer, nn.Conv2d):
+        # Two thin convolutions in a row are its product only where all channels meet, and the border is zero.
+        return layer.groups == 1 and layer.padding_mode == "zeros"
+    return isinstance(layer, nn.Linear)
 
 
 _LAST: WeakKeyDictionary[nn.Module, tuple[tuple[Worn, ...], dict[str, tuple[nn.Parameter, Tensor]]]] = (
