@@ -418,6 +418,15 @@ def test_reading_without_a_map(place: Path, tmp_path: Path) -> None:
         fresh["a"].load()
 
 
+def test_what_was_hashed_and_read_is_let_go_and_hashed_right(
+    abc: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sumuk.weights.merge._RELEASED", 4096)
+    done = merge([abc[0], abc[2]], out := tmp_path / "o.safetensors", alpha=0.3)
+    assert [model.sha256 for model in done.recipe.models] == [hashes(abc[i]).sha256 for i in (0, 2)]
+    assert verify(out, [abc[0], abc[2]], sample=None).whole
+
+
 def test_working_ahead_keeps_to_its_budget() -> None:
     under, most = 0, 0
 

@@ -2,7 +2,7 @@
 
 The pages of a mapped file count as memory of the process until the system wants them back, so that whoever reads two
 checkpoints through a map seems to hold both. Here each tensor is read into memory of its own, and gone with it. What
-comes next is worked out in two threads while a tensor is written, as far ahead as a budget of bytes allows.
+comes next is worked out in a few threads while a tensor is written, as far ahead as a budget of bytes allows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sumuk.base.errors import BadFile
@@ -22,18 +24,43 @@ from sumuk.files.safetensors import BITS, Header
 from sumuk.files.tensors import Lazy, Reader, Tensors, dtypes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-THREADS = 2
+THREADS = 3
+"""One more than keep two processors busy, as each waits for the disk now and then."""
 BUDGET = 400 << 20
 """Bytes that may be under work at once, unless a single tensor needs more."""
 
 
-def unmapped(tensors: Mapping[str, Lazy]) -> Tensors:
+class Front:
+    """How far files have been read without a gap, by whoever reads their tensors in whatever order."""
+
+    def __init__(self) -> None:
+        self.ends: dict[Path, int] = {}
+        self.beyond: dict[Path, dict[int, int]] = {}
+        self.lock = threading.Lock()
+
+    def add(self, header: Header, begin: int, end: int) -> None:
+        """Bytes of a file have been read."""
+        with self.lock:
+            beyond = self.beyond.setdefault(header.path, {})
+            beyond[begin] = max(end, beyond.get(begin, 0))
+            at = self.ends.get(header.path, header.start)
+            while at in beyond:
+                at = beyond.pop(at)
+            self.ends[header.path] = at
+
+    def of(self, path: Path) -> int:
+        """Where the first gap of a file begins."""
+        return self.ends.get(path, 0)
+
+
+def unmapped(tensors: Mapping[str, Lazy], front: Front | None = None) -> Tensors:
     """The same tensors, those that lie in safetensors files read into memory of their own at each load.
 
     Tensors that are made from others, or come from other kinds of file, are as they were. Systems without ``preadv``
-    (Windows) go on mapping.
+    (Windows) go on mapping. What is read is told to ``front``.
     """
     files: dict[int, _Bounded] = {}
     made: Tensors = {}
@@ -41,7 +68,7 @@ def unmapped(tensors: Mapping[str, Lazy]) -> Tensors:
         reader = getattr(one.load.func, "__self__", None) if isinstance(one.load, partial) else None
         if isinstance(reader, Reader) and hasattr(os, "preadv") and one.dtype in dtypes():
             assert isinstance(one.load, partial)
-            file = files.setdefault(id(reader), _Bounded(reader.header))
+            file = files.setdefault(id(reader), _Bounded(reader.header, front))
             one = replace(one, load=partial(file.get, *one.load.args))
         made[name] = one
     return made
@@ -50,8 +77,8 @@ def unmapped(tensors: Mapping[str, Lazy]) -> Tensors:
 class _Bounded:
     """One file, opened when first needed; several threads may read from it at once."""
 
-    def __init__(self, header: Header) -> None:
-        self.header = header
+    def __init__(self, header: Header, front: Front | None) -> None:
+        self.header, self.front = header, front
         self.lock = threading.Lock()
         self.handle: int | None = None
 
@@ -59,12 +86,14 @@ class _Bounded:
         import torch
 
         info, path = self.header.tensors[name], self.header.path
-        tensor = torch.empty(info.shape, dtype=dtypes()[info.dtype])
+        tensor = blank(info.shape, dtypes()[info.dtype])
         try:
             if tensor.numel():
                 self._fill(tensor.reshape(-1).view(torch.uint8).numpy().data, self.header.start + info.begin)
         except OSError as error:
             raise BadFile(f"{path}: tensor {name!r} cannot be read: {error}", "safetensors.read") from error
+        if self.front is not None and tensor.numel():
+            self.front.add(self.header, self.header.start + info.begin, self.header.start + info.end)
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             raise BadFile(f"{path}: BOOL tensor {name!r} holds other bytes than 0 and 1", "safetensors.bool")
         return tensor
@@ -92,11 +121,24 @@ class _Bounded:
             return self.handle
 
 
+def blank(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor to be filled, in memory that numpy asks for: in large pages where the system has such.
+
+    A fresh tensor of 40 MB has ten thousand small pages, and to be given them takes longer than to read it.
+    """
+    import numpy as np
+    import torch
+
+    if not (count := prod(shape)):
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.from_numpy(np.empty(count * dtype.itemsize, np.uint8)).view(dtype).reshape(tuple(shape))
+
+
 @contextmanager
 def ahead(
     tensors: Mapping[str, Lazy], order: Sequence[str], weigh: Callable[[str], int], budget: int = BUDGET
 ) -> Iterator[Tensors]:
-    """Tensors that are loaded in two threads shortly before they are asked for.
+    """Tensors that are loaded in a few threads shortly before they are asked for.
 
     Args:
         tensors: what will be written.
@@ -142,7 +184,7 @@ class _Line:
         return tensor
 
     def _begin(self) -> None:
-        while self.waiting and len(self.under) <= 2 * THREADS:
+        while self.waiting and len(self.under) <= THREADS + 1:
             name = self.waiting[-1]
             weight = self.weigh(name)
             if self.under and weight + sum(held for _, held in self.under.values()) > self.budget:

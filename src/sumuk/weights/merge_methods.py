@@ -165,8 +165,13 @@ def lerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     if t in (0.0, 1.0):
         return b if t else a
     if t == 0.5:
-        return (a + b) * 0.5
-    return a - (a - b) * t if t < 0.5 else b - (b - a) * (1 - t)
+        return (a + b).mul_(0.5)
+    return _away(a, a - b, t) if t < 0.5 else _away(b, b - a, 1 - t)
+
+
+def _away(first: Tensor, difference: Tensor, rate: float) -> Tensor:
+    """``first - difference * rate`` in the difference's memory, as new memory costs more than the sum."""
+    return torch.sub(first, difference.mul_(rate), out=difference)
 
 
 def _weighted_sum(models: Sequence[Tensor], alpha: float, _: Values, __: str) -> Mixed:
@@ -219,7 +224,7 @@ def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _add_difference(models: Sequence[Tensor], alpha: float, _: Values, __: str) -> Mixed:
     a, b, c = models
-    return Mixed(a - (c - b) * alpha)
+    return Mixed(_away(a, c - b, alpha))
 
 
 def _train_difference(models: Sequence[Tensor], alpha: float, _: Values, __: str) -> Mixed:

@@ -7,6 +7,7 @@ a tensor that one lacks, or another shape, is refused by name.
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from sumuk.base.errors import BadFile, BadInput, nearest
 from sumuk.families.detect import Unknown
 from sumuk.families.family import Family
 from sumuk.files.layout import some
+from sumuk.files.streaming import blank
 from sumuk.files.tensors import Lazy, Tensors, length, torch_dtype
 from sumuk.weights.blocks import Blocks, Rates
 from sumuk.weights.building import check_config, refuse_leftovers
@@ -30,8 +32,9 @@ INPUTS = ("denoiser.input_blocks.0.0.weight", "denoiser.img_in.weight", "denoise
 """Where a network takes its channels; models of one family differ here by what is laid beside the latent."""
 ALONE = ("denoiser.guidance_in.",)
 """What some models of a family lack by design: FLUX.1 schnell is told no guidance."""
-PIECE = 1 << 17
-"""Numbers merged at a time where each stands for itself: a MB of float32 stays in the processor's cache."""
+PIECE = 1 << 15
+"""Numbers merged at a time where each stands for itself: all that they become stays in the processor's cache, and torch
+works on no more than these in the thread that asks (beyond, it would share them among threads that are busy)."""
 _PARTS = ("denoiser", "text", "vae")
 
 
@@ -123,7 +126,7 @@ def plan(recipe: Recipe, inputs: Sequence[Opened]) -> Plan:
         if name in mixed:
             load = partial(mixer.mix, name, tuple(group), mixed[name], target.dtype)
             native[name] = Lazy(first.shape, target.dtype, load, first.source)
-            weights[name] = mixer.weigh(group)
+            weights[name] = mixer.weigh(group, native[name])
         else:
             load = partial(mixer.cast, name, first, target.dtype)
             native[name] = first if target is first else target.become(load)
@@ -328,8 +331,12 @@ class _Settled:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
+def _width(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
+
+
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
-    wide = torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
+    wide = _width(tensors)
     return [each.to(wide) for each in tensors]
 
 
@@ -338,6 +345,7 @@ class _Mixer:
 
     def __init__(self, method: Method, values: Values, told: Told) -> None:
         self.method, self.values, self.told = method, values, told
+        self.own = threading.local()
 
     def survey(self, groups: Sequence[Sequence[Lazy]], told: Callable[[int], None]) -> None:
         """Look at all tensors for what the method must know of the whole model."""
@@ -349,10 +357,11 @@ class _Mixer:
         if found:
             self.values = {**self.values, **spread(found)}
 
-    def weigh(self, group: Sequence[Lazy]) -> int:
+    def weigh(self, group: Sequence[Lazy], made: Lazy) -> int:
         """Bytes of memory, roughly."""
-        each = 4 if self.method.elementwise else 8
-        return group[0].parameters * each * (len(group) + 1)
+        if self.method.elementwise:
+            return sum(map(length, group)) + length(made)
+        return group[0].parameters * 8 * (len(group) + 1)
 
     def mix(self, name: str, group: Sequence[Lazy], rate: float, dtype: str) -> Tensor:
         models = [one.load() for one in group]
@@ -364,7 +373,7 @@ class _Mixer:
         return torch.cat([made, first[:, channels:].to(made.dtype)], 1)
 
     def _mix(self, name: str, models: Sequence[Tensor], rate: float, dtype: str) -> Tensor:
-        out = torch.empty(models[0].shape, dtype=_TYPES[dtype])
+        out = blank(models[0].shape, _TYPES[dtype])
         limit = torch.finfo(out.dtype).max
         pieces = [each.reshape(-1).split(PIECE) for each in models] if self.method.elementwise else None
         low = high = 0.0
@@ -376,7 +385,7 @@ class _Mixer:
                 self.told.remarks.append(remark)
         else:
             for place, *group in zip(out.view(-1).split(PIECE), *pieces, strict=True):
-                made = self.method.mix(_wide(group), rate, self.values, name).tensor
+                made = self.method.mix(self._widened(group), rate, self.values, name).tensor
                 ends = [float(each) for each in torch.aminmax(made)]
                 low, high = min(low, ends[0]), max(high, ends[1])
                 if math.isnan(ends[0]):
@@ -387,6 +396,17 @@ class _Mixer:
         elif max(-low, high) > limit:
             raise _too_large(name, max(-low, high), dtype)
         return out
+
+    def _widened(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """As :func:`_wide`, into memory that each thread has once: to ask for new would cost more than the sums."""
+        wide = _width(pieces)
+        store: list[Tensor] = self.own.__dict__.setdefault(str(wide), [])
+        while len(store) < len(pieces):
+            store.append(torch.empty(PIECE, dtype=wide))
+        return [
+            each if each.dtype == wide else place[: len(each)].copy_(each)
+            for each, place in zip(pieces, store, strict=False)
+        ]
 
     def cast(self, name: str, one: Lazy, dtype: str) -> Tensor:
         """A tensor that is only stored in fewer bits."""
