@@ -7,7 +7,16 @@ import inspect
 import pytest
 
 from sumuk.base import errors
-from sumuk.base.errors import BadFile, BadInput, Cancelled, MissingExtra, MissingFile, SumukError, nearest
+from sumuk.base.errors import (
+    BadFile,
+    BadInput,
+    Cancelled,
+    MissingExtra,
+    MissingFile,
+    OutOfMemory,
+    SumukError,
+    nearest,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +26,7 @@ from sumuk.base.errors import BadFile, BadInput, Cancelled, MissingExtra, Missin
         (BadFile("x"), ValueError),
         (MissingFile("x"), FileNotFoundError),
         (MissingExtra("x", "y"), ImportError),
+        (OutOfMemory("x"), Exception),
         (Cancelled("x"), Exception),
     ],
 )
@@ -27,7 +37,7 @@ def test_each_is_ours_and_pythons(error: Exception, builtin: type[Exception]):
 
 def test_every_error_of_the_module_is_ours():
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__]
-    assert len(classes) == 6
+    assert len(classes) == 7
     assert all(issubclass(each, SumukError) for each in classes)
 
 

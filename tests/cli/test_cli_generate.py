@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from tests.cli.conftest import Call
 
+from sumuk.files.safetensors import read_header
+from sumuk.files.tensors import from_header, write
 from sumuk.generate.api import MINIATURE
 from sumuk.generate.receipt import read_receipt
 
@@ -196,3 +198,15 @@ def test_bad_input_from_a_shell(tmp_path: Path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "sumuk: width: input should be a multiple of 8 (got 100)\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_licence_that_binds_is_told_once(call: Call, model_file: Path):
+    header = read_header(model_file)
+    said = header.metadata | {"modelspec.license": "FLUX.1 [dev] Non-Commercial License"}
+    write(Path("nc.safetensors"), from_header(header), said)
+    told = call("generate", "a fox", "-m", "nc.safetensors", "--steps", 1, "-o", "a.png")
+    assert told.code == 0 and told.err.count("\n") == 1
+    assert told.err.startswith(
+        "sumuk: licence FLUX.1-dev-Non-Commercial: the weights are not for commercial use"
+    )
+    assert read_receipt(Path("a.png"))[1]["licence"]["commercial"] == "no"

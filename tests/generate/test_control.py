@@ -177,6 +177,9 @@ def test_a_replay_needs_the_same_picture(steered: Model, edges: Image.Image):
     (finished,) = [event for event in engine.events() if isinstance(event, Finished)]
     files = {each["name"] for each in finished.receipt["model"]["files"]}
     assert "control.safetensors" in files and "ip.safetensors" in files
+    bound = [each["file"] for each in finished.receipt["licence"]["stack"]]
+    own = [each.path.name for each in steered.files]
+    assert bound == [*own, "control.safetensors"], "the ControlNet that steered, no other"
     with pytest.raises(BadInput, match="steer-1"):
         request_of(finished.receipt, {})
     request = request_of(finished.receipt, {"steer-1": edges})

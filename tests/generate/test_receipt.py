@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tests.generate.conftest import gap, pixels, refusal, run
+from tests.weights.test_live import TO_K, lora_file
 
 from sumuk.base.errors import BadFile, BadInput, MissingFile
+from sumuk.files.tensors import lazy, write
 from sumuk.generate.engine import Finished
 from sumuk.generate.infotext import parse_infotext
 from sumuk.generate.receipt import infotext, read_receipt, save_png
 from sumuk.generate.request import image_digest
+from sumuk.weights.guests import with_guests
 from sumuk.weights.model import Model
 
 
@@ -50,6 +53,45 @@ def test_it_says_everything(model: Model, model_file: Path, drawn: Finished):
     assert told["sumuk"] == version("sumuk")
     assert told["picture"] == {"width": 64, "height": 64, "sha256": image_digest(drawn.picture)}
     assert json.loads(json.dumps(told, allow_nan=False)) == told
+
+
+def test_the_licence_of_all_files_that_took_part(model: Model, drawn: Finished, tmp_path: Path):
+    assert drawn.receipt["licence"] == {
+        "name": "CreativeML-OpenRAIL-M",
+        "commercial": "yes",
+        "because": model.files[0].path.name,
+        "stack": [{"file": model.files[0].path.name, "name": "CreativeML-OpenRAIL-M", "said": False}],
+    }
+    lora = lora_file(tmp_path / "ink.safetensors", model, TO_K)
+    write(
+        tmp_path / "w.safetensors",
+        {"emb_params": lazy(torch.ones(2, 64))},
+        {"modelspec.license": "CC-BY-NC-4.0"},
+    )
+    dressed = with_guests(
+        model, loras={"ink": lora, "idle": lora}, embeddings={"wren": tmp_path / "w.safetensors"}
+    )
+
+    def told(prompt: str) -> tuple[str, str, str, list[str]]:
+        found = run(dressed, {"prompt": prompt, "steps": 1})[0][0].receipt["licence"]
+        return found["name"], found["commercial"], found["because"], [each["file"] for each in found["stack"]]
+
+    base = model.files[0].path.name
+    assert told("a fox") == ("CreativeML-OpenRAIL-M", "yes", base, [base])
+    assert told("a fox <lora:ink:0.5>") == (
+        "unknown",
+        "unknown",
+        "ink.safetensors",
+        [base, "ink.safetensors"],
+    )
+    assert told("a wren <lora:ink:0.5>") == (
+        "CC-BY-NC-4.0", "no", "w.safetensors", [base, "ink.safetensors", "w.safetensors"]
+    )  # fmt: skip
+
+
+def test_receipts_from_before_licences_are_read(drawn: Finished, tmp_path: Path):
+    path = with_text(tmp_path / "a.png", changed(drawn.receipt, "licence", ...))
+    assert "licence" not in read_receipt(path)[1]
 
 
 def test_pictures_that_it_began_from_are_told_by_digest(model: Model, photo: Image.Image, hole: Image.Image):

@@ -45,6 +45,10 @@ class MissingExtra(SumukError, ImportError):
         super().__init__(f"{feature} needs an extra that is not installed; run: pip install 'sumuk[{extra}]'")
 
 
+class OutOfMemory(SumukError):
+    """There is not enough memory for a picture or a model, whatever was tried; another time there may be."""
+
+
 class Cancelled(SumukError):
     """The work was stopped on request; what had been written is complete or absent, never half."""
 

@@ -21,6 +21,7 @@ from sumuk.generate.receipt import check_target, read_receipt, save_png
 from sumuk.generate.replay import replay, request_of
 from sumuk.generate.request import make_request, read_image
 from sumuk.weights.checkpoint import load
+from sumuk.weights.licences import everything, warning
 from sumuk.weights.model import Model, WeightFile
 
 console = Console(stderr=True)
@@ -67,6 +68,8 @@ def run_generate(
     loaded = _load(model, how)
     if loaded.readings and "prompt" not in chosen:
         raise BadInput('what shall be drawn? Give a prompt; "" for none')
+    if careful := warning(everything(loaded).licence):
+        typer.secho(f"sumuk: {careful}", err=True, fg="yellow")
     machine = engine.Engine(loaded, mode=mode)  # type: ignore[arg-type]
     machine.submit(request)
     for image, drawn, receipt in _show(machine.events()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,19 +28,26 @@ from sumuk.families.reading import Given, Sizes
 from sumuk.generate.beside import channels
 from sumuk.generate.beside import latent as to_latent
 from sumuk.generate.control import Steering, steerings
+from sumuk.generate.ladder import Ladder
 from sumuk.generate.pixels import to_mask, to_pixels
 from sumuk.generate.request import Request
 from sumuk.generate.settings import Settings
 from sumuk.generate.text import Said, Texts
 from sumuk.generate.wear import NOTHING, Outfit
+from sumuk.memory.tiles import decode_tiled, encode_tiled
 from sumuk.nets.clip_vision import clip_pixels
 from sumuk.weights.model import Model, Stage
+
+OVERLAP = 4
+"""Of two tiles, where the autoencoder must work in some: this part of a side."""
 
 
 @dataclass(frozen=True)
 class Condition:
     """What a row tells the network beside x and time."""
 
+    model: Model
+    """Whose network is asked, with the guests that the picture was begun with."""
     inputs: Mapping[str, Tensor]
     """Each of batch 1, by the names of the network's ``forward``."""
     beside: Tensor | None = None
@@ -54,12 +62,18 @@ class Condition:
     """LoRAs and hypernetworks at work."""
 
     @property
+    def networks(self) -> list[Any]:
+        """Everything that answers: the network that is asked, then its controls."""
+        controls = self.model.controls
+        return [self.model.network(self.network), *(controls[s.steer.control].network for s in self.steered)]
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """Rows with equal keys can share a forward."""
         shapes = tuple((name, value.shape) for name, value in self.inputs.items())
         beside = None if self.beside is None else self.beside.shape
         guests = (tuple(each.key for each in self.steered), self.outfit.key)
-        return (self.network, shapes, beside, self.options, *guests)
+        return (*self.networks, self.network, shapes, beside, self.options, *guests)
 
     def widen(self, x: Tensor) -> Tensor:
         return x if self.beside is None else torch.cat([x, self.beside], dim=1)
@@ -74,8 +88,10 @@ class Condition:
         return stacked
 
 
-def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | Moved, Any, Tensor]:
-    """Draw picture ``image`` of a request.
+def draw(
+    model: Model, settings: Settings, image: int, ladder: Ladder | None = None
+) -> Generator[list[Row] | Moved, Any, Tensor]:
+    """Draw picture ``image`` of a request; where memory is full by what ``ladder`` knows to do.
 
     Yields:
         Lists of rows, to be answered with the network's raw outputs in their order, and moves.
@@ -83,12 +99,12 @@ def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | 
     Returns:
         Pixels [1, 3, H, W], about -1..1.
     """
-    request = settings.request
+    request, ladder = settings.request, ladder or Ladder()
     first, *later = model.stages
-    walk = _Walk(model, settings, first, (settings.seed + image) % 2**64)
+    walk = _Walk(model, settings, ladder, first, (settings.seed + image) % 2**64)
     known = None
     if request.init is not None and "low" not in model.family.beside:
-        known = to_latent(model, to_pixels(request.init, settings.width, settings.height))
+        known = _encoded(model, to_pixels(request.init, settings.width, settings.height), ladder)
     size = (settings.width, settings.height)
     if known is not None and request.strength == 0.0:
         latent = known
@@ -102,9 +118,9 @@ def draw(model: Model, settings: Settings, image: int) -> Generator[list[Row] | 
         latent = yield from walk(*size, larger, hires.strength, steps, base=settings.walked)
     for stage in later:
         # Another seed, also in the low 32 bits that count: the same noise at two sizes would be no fresh noise.
-        walk = _Walk(model, settings, stage, (walk.seed + 2**31) % 2**64, coarse=latent)
+        walk = _Walk(model, settings, ladder, stage, (walk.seed + 2**31) % 2**64, coarse=latent)
         latent = yield from walk(*size, None, 1.0, settings.decoder_steps or stage.family.defaults.steps)
-    return decode(model, latent, quick=request.quick)
+    return _decoded(model, latent, ladder, quick=request.quick)
 
 
 def decode(model: Model, latent: Tensor, *, quick: bool = False) -> Tensor:
@@ -113,6 +129,30 @@ def decode(model: Model, latent: Tensor, *, quick: bool = False) -> Tensor:
         tiny = model.networks["tiny_decoder"]
         return 2 * tiny(latent.to(next(tiny.parameters()))).to("cpu", torch.float32) - 1  # it paints in 0..1
     return model.decode_latent(latent.to(model.device)).to("cpu", torch.float32)
+
+
+def _decoded(model: Model, latent: Tensor, ladder: Ladder, *, quick: bool) -> Tensor:
+    """The same with little memory."""
+    paint, stride = partial(decode, model, quick=quick), round(model.stages[-1].latent.stride)
+
+    def in_tiles(side: int) -> Tensor:
+        return decode_tiled(paint, latent, side, side // OVERLAP, stride)
+
+    return ladder.autoencode(model, partial(paint, latent), in_tiles, (latent.shape[2], latent.shape[3]))
+
+
+def _encoded(model: Model, pixels: Tensor, ladder: Ladder) -> Tensor:
+    """Pixels as a latent, with little memory."""
+    work = partial(to_latent, model)
+    if model.family.then is not None:  # encoded at another size, which does not fall into cells
+        return ladder.prepare(model, partial(work, pixels))
+    stride = round(model.latent.stride)
+
+    def in_tiles(side: int) -> Tensor:
+        return encode_tiled(work, pixels, side, side // OVERLAP, stride)
+
+    cells = (pixels.shape[2] // stride, pixels.shape[3] // stride)
+    return ladder.autoencode(model, partial(work, pixels), in_tiles, cells)
 
 
 def preview(model: Model, clean: Tensor) -> Tensor | None:
@@ -131,6 +171,7 @@ class _Walk:
 
     model: Model
     settings: Settings
+    ladder: Ladder
     stage: Stage
     seed: int
     coarse: Tensor | None = None
@@ -191,14 +232,23 @@ class _Conditions:
             target=(height, width),
         )
         stage, steps = walk.stage, len(grid) - 1
-        self._steered = {stage.network: _Steered(stage.family, Texts(walk.model, settings, steps, base))}
+        readers: dict[str, tuple[Family, Model]] = {stage.network: (stage.family, walk.model)}
         if walk.model.refiner is not None and stage.network == "denoiser":
-            other = walk.model.refiner
-            self._steered["refiner"] = _Steered(other.family, Texts(other, settings, steps, base))
-        self._image = _view(walk.model, request, walk.settings, walk.seed) if walk.coarse is None else None
-        self._beside = channels(walk.model, request, width, height) if walk.coarse is None else None
-        both = steerings(walk.model, request, width, height) if walk.coarse is None else ((), ())
-        self._steerings = dict(zip((False, True), both, strict=True))
+            readers["refiner"] = (walk.model.refiner.family, walk.model.refiner)
+        self._prepare = prepare = partial(walk.ladder.prepare, walk.model)
+        self._steered = {
+            name: _Steered(family, prepare(partial(Texts, model, settings, steps, base)))
+            for name, (family, model) in readers.items()
+        }
+        self._image = self._beside = None
+        self._steerings: dict[bool, tuple[Steering, ...]] = {False: (), True: ()}
+        if walk.coarse is None:
+            self._image = prepare(partial(_view, walk.model, request, settings, walk.seed))
+            self._beside = prepare(partial(channels, walk.model, request, width, height))
+            look = partial(steerings, walk.model, request, width, height)
+            # A control finds its device by the denoiser, so that one stays there.
+            both = walk.ladder.climb(walk.model.device, look)
+            self._steerings = dict(zip((False, True), both, strict=True))
         self._known: dict[tuple[Any, ...], Conditions] = {}
 
     def __call__(self, step: int) -> Conditions:
@@ -208,7 +258,7 @@ class _Conditions:
         outfit = self._walk.settings.wardrobe.on_network(name, step, len(self._grid) - 1)
         key = (name, texts.since(step), here, there, outfit)
         if key not in self._known:
-            wanted, negative = texts.at(key[1])
+            wanted, negative = self._prepare(partial(texts.at, key[1]))
             positive = tuple(
                 (self._condition(name, said, False, here, outfit), weight) for said, weight in wanted
             )
@@ -253,7 +303,12 @@ class _Conditions:
             noise_level=self._walk.settings.noise_level or 0,
         )
         return Condition(
-            family.condition(given), beside=self._beside, network=name, steered=steered, outfit=outfit
+            self._walk.model,
+            family.condition(given),
+            beside=self._beside,
+            network=name,
+            steered=steered,
+            outfit=outfit,
         )
 
 

@@ -7,25 +7,30 @@ the command line is an engine with one request in it; there is no second path.
 
 Two modes: ``exact`` runs every row by itself, so that a picture has the same bits alone and in company; ``fast`` runs
 rows together and lets kernels round as they like (differences of a few units in the last place of the network).
+
+What is tried when memory is full is the :mod:`ladder`'s affair. A picture for which nothing helps is lost alone.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sumuk.base.errors import BadInput, Cancelled, SumukError, nearest
+from sumuk.base.errors import BadInput, Cancelled, OutOfMemory, SumukError, nearest
 from sumuk.diffusion.guidance import Row
 from sumuk.diffusion.sample import Moved
 from sumuk.generate.control import at_work
 from sumuk.generate.draw import Condition, draw, preview
+from sumuk.generate.ladder import Ladder, Rung
 from sumuk.generate.pixels import keep_outside, to_image
 from sumuk.generate.receipt import make_receipt
 from sumuk.generate.request import Request
@@ -77,7 +82,9 @@ class _Track:
 
     job: int
     image: int
+    model: Model
     settings: Settings
+    ladder: Ladder
     coroutine: Generator[list[Row] | Moved, Any, Tensor]
     began: float = field(default_factory=time.perf_counter)
     asked: list[Row] | None = None
@@ -92,6 +99,12 @@ class Engine:
         mode: see above; None takes ``exact`` on a CPU and ``fast`` elsewhere.
         most_rows: rows of one forward in fast mode.
 
+    Attributes:
+        model: draws what is submitted from now on. It may be replaced between rounds, by one with other guests too:
+            a picture keeps the model that it was begun with.
+        rows_at_once: for how many rows a forward has room.
+        forwards, rows_answered: forwards that were run, and rows in them.
+
     Raises:
         BadInput: an unknown mode, most_rows below 1.
     """
@@ -104,20 +117,40 @@ class Engine:
         self.model = model
         self.mode: Mode = mode or ("exact" if torch.device(model.device).type == "cpu" else "fast")
         self.rows_at_once = 1 if self.mode == "exact" else most_rows
+        self.forwards = self.rows_answered = 0
+        self._ladder = Ladder()
         self._tracks: list[_Track] = []
         self._jobs = itertools.count()
 
-    def submit(self, request: Request) -> int:
+    @property
+    def escalations(self) -> dict[Rung, int]:
+        """How often each rung of the ladder against full memory was climbed."""
+        return self._ladder.climbed
+
+    @property
+    def row_room(self) -> int:
+        """For how many rows there was room in all forwards; ``rows_answered`` of them were used."""
+        return self.forwards * self.rows_at_once
+
+    def submit(self, request: Request, *, only: Collection[int] | None = None) -> int:
         """Take a request in; it joins the next round.
+
+        Args:
+            request: what to draw.
+            only: which of its pictures, from 0; None: all.
 
         Raises:
             SumukError: a value of the request does not fit the model; nothing was taken in.
         """
         settings = resolve(request, self.model)
+        images = range(request.count) if only is None else sorted({*only})
+        if strange := [image for image in images if not 0 <= image < request.count]:
+            raise BadInput(f"a request for {request.count} pictures (from 0) has no picture {strange[0]}")
         job = next(self._jobs)
-        for image in range(request.count):
-            coroutine = draw(self.model, settings, image)
-            self._tracks.append(_Track(job, image, settings, coroutine))
+        for image in images:
+            ladder = Ladder(self.escalations)
+            coroutine = draw(self.model, settings, image, ladder)
+            self._tracks.append(_Track(job, image, self.model, settings, ladder, coroutine))
         return job
 
     def cancel(self, job: int) -> None:
@@ -135,7 +168,11 @@ class Engine:
             yield from self.round()
 
     def round(self) -> list[Event]:
-        """One forward for everyone who waits, and what came of it."""
+        """One forward for everyone who waits, and what came of it.
+
+        Raises:
+            Exception: one that says that the device is lost to this process, and every picture with it.
+        """
         events: list[Event] = []
         with torch.inference_mode():
             for track in list(self._tracks):
@@ -163,31 +200,28 @@ class Engine:
         for members in groups.values():
             for start in range(0, len(members), self.rows_at_once):
                 some = members[start : start + self.rows_at_once]
-                for index, output in zip(some, self._answer([rows[i] for i in some]), strict=True):
-                    outputs[index] = output
+                answers = self._ladder.answer([rows[i] for i in some], self._run)
+                outputs |= zip(some, answers, strict=True)
         return [outputs[index] for index in range(len(rows))]
 
-    def _answer(self, rows: list[Row]) -> list[Tensor | Exception]:
-        """Outputs; where a forward fails (memory, a row that the network refuses), each row by itself."""
-        try:
-            return [*self._run(rows)]
-        except Exception as error:
-            return [error] if len(rows) == 1 else [self._answer([row])[0] for row in rows]
-
-    def _run(self, rows: list[Row]) -> list[Tensor]:
-        device, dtype = self.model.device, self.model.dtype
+    def _run(self, rows: Sequence[Row]) -> list[Tensor]:
+        """One forward."""
+        asked: Condition = rows[0].condition
+        network = asked.networks[0]
+        parameter = next(network.parameters())
+        device, dtype = parameter.device, parameter.dtype
         x = torch.cat([row.x for row in rows]).to(device, dtype)
         wide = torch.cat([row.condition.widen(row.x) for row in rows]).to(device, dtype)
         time_ = torch.tensor([row.level.time for row in rows], device=device, dtype=torch.float32)
-        asked: Condition = rows[0].condition
         inputs = Condition.stack([row.condition for row in rows], device, dtype)
-        steered = [row.condition.steered for row in rows]
-        network, outfits = self.model.network(asked.network), [row.condition.outfit for row in rows]
+        steered, outfits = zip(*((row.condition.steered, row.condition.outfit) for row in rows), strict=True)
         with (
             dressed(asked.network, network, outfits),
-            at_work(self.model, steered, x, time_, inputs) as extra,
+            at_work(asked.model, steered, x, time_, inputs) as extra,
         ):
             output = network(wide, time_, **inputs, **extra, **dict(asked.options))
+        self.forwards += 1
+        self.rows_answered += len(rows)
         # A network that also predicts a variance appends its channels; no solver here uses it.
         return list(output[:, : x.shape[1]].to("cpu", torch.float32).split(1))
 
@@ -207,9 +241,7 @@ class Engine:
                 )
                 every = track.settings.request.preview
                 if every and event.step % every == 0 and event.clean is not None and event.step < event.steps:
-                    shown = preview(self.model, event.clean)
-                    if shown is not None:
-                        events.append(Preview(track.job, track.image, event.step, to_image(shown)))
+                    self._show(track, event.step, event.clean, events)
         except StopIteration as stop:
             try:
                 finished = self._finish(track, stop.value)
@@ -221,17 +253,26 @@ class Engine:
         except Exception as error:  # whatever it is, the other pictures have nothing to do with it
             self._drop(track, error, events)
 
+    def _show(self, track: _Track, step: int, clean: Tensor, events: list[Event]) -> None:
+        """A preview, if there is one, and memory for it."""
+        with suppress(OutOfMemory):
+            shown = track.ladder.climb(self.model.device, partial(preview, track.model, clean))
+            if shown is not None:
+                events.append(Preview(track.job, track.image, step, to_image(shown)))
+
     def _finish(self, track: _Track, pixels: Tensor) -> Finished:
         if not torch.isfinite(pixels).all():
             raise SumukError(
-                f"the network's numbers overflowed in {str(self.model.dtype).removeprefix('torch.')}; "
+                f"the network's numbers overflowed in {str(track.model.dtype).removeprefix('torch.')}; "
                 "load the model in bfloat16 or float32, or lower guidance and weights of the prompt"
             )
         drawn = keep_outside(to_image(pixels), track.settings.request)
-        receipt = make_receipt(self.model, track.settings, track.image, drawn, self.mode)
+        receipt = make_receipt(
+            track.model, track.settings, track.image, drawn, self.mode, tiled=track.ladder.tiled
+        )
         return Finished(track.job, track.image, drawn, receipt)
 
     def _drop(self, track: _Track, error: Exception, events: list[Event]) -> None:
         track.coroutine.close()
         self._tracks.remove(track)
-        events.append(Failed(track.job, track.image, error))
+        events.append(Failed(track.job, track.image, track.ladder.verdict(error, self.model.device)))

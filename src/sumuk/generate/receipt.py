@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
 from PIL import Image
@@ -24,7 +25,8 @@ from sumuk.generate.infotext import write_infotext
 from sumuk.generate.learnt import used
 from sumuk.generate.request import image_digest, open_image
 from sumuk.generate.settings import Settings
-from sumuk.weights.model import Model
+from sumuk.weights.licences import stack
+from sumuk.weights.model import Model, WeightFile
 
 FORMAT = 1
 """Of the receipt. Raised when a field changes its meaning."""
@@ -35,9 +37,12 @@ LONGEST = 1_000_000
 
 
 def make_receipt(
-    model: Model, settings: Settings, image: int, drawn: Image.Image, mode: str
+    model: Model, settings: Settings, image: int, drawn: Image.Image, mode: str, *, tiled: bool = False
 ) -> dict[str, Any]:
-    """What made picture ``image``; hashing the files takes a moment, once a model."""
+    """What made picture ``image``; hashing the files takes a moment, once a model.
+
+    ``tiled``: its autoencoder worked in tiles for want of memory, which the whole differs from a little.
+    """
     return {
         "receipt": FORMAT,
         "numerics": NUMERICS,
@@ -50,6 +55,7 @@ def make_receipt(
             "ema": model.ema,
             "files": [{"name": each.path.name, "sha256": each.sha256} for each in model.every_file],
         },
+        "licence": stack(model, *_worn(model, settings)).as_dict(),
         "adapters": adapters(model, settings),
         "settings": settings.as_dict(image),
         "machine": {
@@ -60,6 +66,7 @@ def make_receipt(
             "processor": processor(model.device),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **({"tiled": True} if tiled else {}),
         },
         "picture": {"width": drawn.width, "height": drawn.height, "sha256": image_digest(drawn)},
     }
@@ -67,16 +74,6 @@ def make_receipt(
 
 def adapters(model: Model, settings: Settings) -> list[dict[str, Any]]:
     """What was worn and which embeddings the prompts name: each with its file's hash and its account."""
-    worn = settings.wardrobe
-    guests: list[tuple[str, str, Any]] = [("lora", each.name, model.loras[each.name]) for each in worn.loras]
-    guests += [("hypernet", each.name, model.hypernets[each.name]) for each in worn.hypers]
-    named = {
-        name: None
-        for prompt in (settings.prompt, settings.negative)
-        for steps, base in settings.passes
-        for name in used(prompt, model.embeddings, model.words, steps, base)
-    }
-    guests += [("embedding", name, model.embeddings[name]) for name in named]
     return [
         {
             "kind": kind,
@@ -86,8 +83,28 @@ def adapters(model: Model, settings: Settings) -> list[dict[str, Any]]:
             "autov3": None if guest.file is None else guest.file.autov3,
             "account": guest.applied.as_dict() if kind == "lora" else {},
         }
-        for kind, name, guest in guests
+        for kind, name, guest in _guests(model, settings)
     ]
+
+
+def _worn(model: Model, settings: Settings) -> Iterator[WeightFile]:
+    """The files that had a part in the picture beside the model's own."""
+    for steer in settings.request.steer:
+        yield from model.controls[steer.control].files
+    yield from (guest.file for _, _, guest in _guests(model, settings) if guest.file is not None)
+
+
+def _guests(model: Model, settings: Settings) -> list[tuple[str, str, Any]]:
+    worn = settings.wardrobe
+    guests: list[tuple[str, str, Any]] = [("lora", each.name, model.loras[each.name]) for each in worn.loras]
+    guests += [("hypernet", each.name, model.hypernets[each.name]) for each in worn.hypers]
+    named = {
+        name: None
+        for prompt in (settings.prompt, settings.negative)
+        for steps, base in settings.passes
+        for name in used(prompt, model.embeddings, model.words, steps, base)
+    }
+    return guests + [("embedding", name, model.embeddings[name]) for name in named]
 
 
 def processor(device: torch.device) -> str:
@@ -168,12 +185,17 @@ def save_png(drawn: Image.Image, receipt: dict[str, Any] | None, path: Path) -> 
         BadFile: it could not be written; what was there before is as it was.
     """
     check_target(path)
+    with replacing(path) as file:
+        write_png(drawn, receipt, file)
+
+
+def write_png(drawn: Image.Image, receipt: dict[str, Any] | None, file: BinaryIO) -> None:
+    """The same into an open file."""
     info = PngInfo()
     if receipt is not None:
         info.add_itxt("parameters", infotext(receipt))
         info.add_itxt("sumuk", json.dumps(receipt, ensure_ascii=False, allow_nan=False))
-    with replacing(path) as file:
-        drawn.save(file, "PNG", pnginfo=info)
+    drawn.save(file, "PNG", pnginfo=info)
 
 
 class _Checked(BaseModel):

@@ -19,17 +19,19 @@ from sumuk.base.errors import BadFile, BadInput, MissingFile, nearest
 from sumuk.diffusion.prediction import PREDICTIONS
 from sumuk.families.autoencoder import DECODER
 from sumuk.families.cascade_parts import IMAGE
-from sumuk.families.detect import Unknown
+from sumuk.families.detect import Match, Unknown
 from sumuk.families.family import Family, Latent, Part
 from sumuk.files.tensors import Tensors, torch_dtype
 from sumuk.nets.tokens import ClipTokens
 from sumuk.weights import inspect, vocabulary
 from sumuk.weights.building import Place, build, check_config, fill, refuse_leftovers
 from sumuk.weights.control import load_control
+from sumuk.weights.found import Told
 from sumuk.weights.guests import with_guests
 from sumuk.weights.inspect import Opened
+from sumuk.weights.licences import said_in
 from sumuk.weights.model import Model, WeightFile, Words
-from sumuk.weights.source import read
+from sumuk.weights.source import Source, read
 from sumuk.weights.supply import supply
 from sumuk.weights.writing import save
 
@@ -150,7 +152,11 @@ def load(
         size=opened.size(),
         metadata=dict(source.metadata),
         found=inspect.describe(opened),
-        files=tuple(WeightFile(file) for each in sources for file in each.files),
+        files=tuple(
+            WeightFile(file, told)
+            for each, told in ((source, opened.licence()), *((one, _licence(one)) for one in sources[1:]))
+            for file in each.files
+        ),
         ema=ema,
     )
     if refiner is not None:
@@ -159,6 +165,12 @@ def load(
     guests = {name: load_control(place, loaded) for name, place in (controls or {}).items()}
     loaded = replace(loaded, controls=guests)
     return with_guests(loaded, loras=loras, hypernets=hypernets, embeddings=embeddings, partial=partial)
+
+
+def _licence(source: Source) -> Told | None:
+    """That of a file which supplies a part: it was read as one of the model's family, whose licence is not its own."""
+    alone = inspect.recognise(source)
+    return alone.licence() if isinstance(alone.answer, Match) else said_in(source.metadata)
 
 
 def _agreeing(base: Model, refiner: Model, where: Place) -> Model:

@@ -58,7 +58,10 @@ def load_control(path: Place, model: Model) -> Control:
         network = build(part, tensors, opened)
         fill(network, tensors, model.device, model.dtype)
     _check_fit(kind, network.shape, model, path)
-    return Control(kind=kind, network=network, files=tuple(WeightFile(file) for file in opened.source.files))
+    told = opened.licence()
+    return Control(
+        kind=kind, network=network, files=tuple(WeightFile(file, told) for file in opened.source.files)
+    )
 
 
 def _whole(state: dict[str, torch.Tensor], model: Model) -> ControlNet:

@@ -30,6 +30,7 @@ from sumuk.files.ckpt import read_ckpt
 from sumuk.files.safetensors import read_header, regular
 from sumuk.files.tensors import Tensors, from_header, lazy, write
 from sumuk.weights.embedding_picture import PICTURES, read_picture, tensors_in
+from sumuk.weights.licences import said_in
 from sumuk.weights.model import WeightFile
 from sumuk.weights.source import PICKLES
 
@@ -76,8 +77,8 @@ class Embedding:
 
     @cached_property
     def file(self) -> WeightFile | None:
-        """Its file, for its hash."""
-        return None if self.path is None else WeightFile(self.path)
+        """Its file, for its hash and its licence."""
+        return None if self.path is None else WeightFile(self.path, said_in(self.metadata))
 
     def __post_init__(self) -> None:
         if not self.name.strip() or not self.name.isprintable() or len(self.name) > 200:

@@ -80,7 +80,7 @@ def _embedding(model: Model, place: Place, name: str) -> Embedding:
 def _bundled(live: LiveLora) -> dict[str, Embedding]:
     """The embeddings inside a LoRA's file."""
     return {
-        word: Embedding(word, dict(vectors), path=live.lora.path)
+        word: Embedding(word, dict(vectors), path=live.lora.path, metadata=live.lora.metadata)
         for word, vectors in live.lora.embeddings.items()
     }
 

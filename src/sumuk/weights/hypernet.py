@@ -28,6 +28,7 @@ from sumuk.files.layout import some
 from sumuk.files.safetensors import read_header, regular
 from sumuk.files.tensors import Tensors, from_header, write
 from sumuk.nets.hypernet import HypernetShape, Hypernetwork
+from sumuk.weights.licences import said_in
 from sumuk.weights.model import WeightFile
 from sumuk.weights.source import PICKLES
 
@@ -66,8 +67,8 @@ class Hypernet:
 
     @cached_property
     def file(self) -> WeightFile | None:
-        """Its file, for its hash."""
-        return None if self.path is None else WeightFile(self.path)
+        """Its file, for its hash and its licence."""
+        return None if self.path is None else WeightFile(self.path, said_in(self.metadata))
 
 
 def read_hypernet(path: str | os.PathLike[str], name: str | None = None) -> Hypernet:

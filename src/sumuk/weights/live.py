@@ -28,6 +28,7 @@ from sumuk.nets.patched import Thin, home
 from sumuk.nets.t5 import T5Encoder
 from sumuk.weights.blocks import Blocks, Rates
 from sumuk.weights.building import Place
+from sumuk.weights.licences import said_in
 from sumuk.weights.lora import Lora, Patch, read_lora
 from sumuk.weights.lora_tools import relative_change
 from sumuk.weights.model import Model, WeightFile
@@ -172,7 +173,7 @@ def wear(path: Place, model: Model, *, partial: bool = False) -> LiveLora:
         raise BadFile(f"{path}: changes nothing: all that it would add is zero", "lora.zero")
     return LiveLora(
         lora=lora,
-        file=WeightFile(lora.path),
+        file=WeightFile(lora.path, said_in(lora.metadata)),
         applied=Applied(
             matched=len(lora.patches), unmatched=lora.unmatched, misshapen=lora.misshapen, change=change
         ),

@@ -20,7 +20,7 @@ from sumuk.families.family import FAMILIES, Defaults, Facts, Family, Kind, Laten
 from sumuk.families.reading import Reading
 from sumuk.files.hashes import Hashes, hashes
 from sumuk.nets.effnet import effnet_pixels
-from sumuk.weights.inspect import Found
+from sumuk.weights.found import Found, Told
 
 if TYPE_CHECKING:
     from sumuk.weights.embedding import Embedding
@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A file that tensors came from."""
+    """A file that tensors came from.
+
+    Attributes:
+        path: where it is.
+        licence: of its tensors, with evidence; None: nobody said.
+    """
 
     path: Path
+    licence: Told | None = None
 
     @cached_property
     def hashes(self) -> Hashes:

@@ -77,7 +77,7 @@ class Shelf:
         paths = sorted(self._paths())
         found = []
         for number, path in enumerate(paths, start=1):
-            found.append(self._look(path))
+            found.append(self.look(path))
             if progress:
                 progress(number, len(paths))
         return sorted(found, key=lambda entry: (entry.name.lower(), entry.path))
@@ -138,7 +138,8 @@ class Shelf:
     def _inner(self, entry: Entry) -> str:
         return entry.path.relative_to(self.root).with_name(entry.name).as_posix()
 
-    def _look(self, path: Path) -> Entry:
+    def look(self, path: Path) -> Entry:
+        """One model on the shelf, by its path."""
         file = path / "model_index.json" if path.is_dir() else path
         before = stamp(file)
         told = self._index.told(file, before)
