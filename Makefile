@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench docs slow clean
+.PHONY: demo serve test check bench docs slow clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sumuk demo
+
+serve: $(VENV)/.serve
+	$(BIN)/sumuk serve
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -32,6 +35,10 @@ docs: $(VENV)/.dev
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.serve: $(VENV)/.demo
+	$(PIP) install -c constraints.txt -e '.[ui]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -41,6 +41,12 @@ FLAGS = {
     "solvers": [],
     "train": ["config", "--images", "--threads"],
     "demo": ["--out -o"],
+    "serve": [
+        "--model -m", "--shelf", "--host", "--port", "--token", "--allow-host", "--allow-origin", "--proxy", "--state",
+        "--page", "--part", "--device", "--dtype", "--mode", "--together", "--threads", "--memory", "--queue",
+        "--per-key", "--per-address", "--patience", "--keep-days", "--keep-size", "--drain", "--check-prompts",
+        "--check-images", "--sign", "--log", "--cluster", "--replicas",
+    ],
     "convert": ["path", "out", "--layout", "--dtype", "--quantise", "--shards", "--variant"],
     "prune": ["path", "out", "--weights", "--dtype", "--drop", "--keep"],
     "extract-vae": ["path", "out", "--dtype"],

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from sumuk.base.errors import SumukError
-from sumuk.cli import files, loras
+from sumuk.cli import files, loras, serve
 
 app = typer.Typer(
     name="sumuk",
@@ -306,6 +306,7 @@ def demo(
 
 
 files.register(app)
+serve.register(app)
 app.add_typer(loras.app, name="lora")
 
 
