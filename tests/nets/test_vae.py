@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tests.nets.inventories import KEYS, inventory, shapes_of
 from torch import Tensor
 
 from sumuk.base.errors import BadFile, BadInput
-from sumuk.nets.vae import Moments, Vae, VaeShape, _tiled, vae_shape
+from sumuk.nets.vae import Moments, Vae, VaeShape, vae_shape
 
 SMALL = VaeShape(width=32, multiples=(1, 2, 2))
 RAW16 = VaeShape(width=32, multiples=(1, 2, 4, 4), blocks=1, latent=16, quantised=None)
@@ -71,8 +69,6 @@ def test_wrong_headers_and_sizes_are_refused() -> None:
         vae.encode(torch.zeros(1, 3, 32, 30))
     with pytest.raises(BadInput, match=r"\[B, 4, height, width\]"):
         vae.decode(torch.zeros(1, 8, 4, 4))
-    with pytest.raises(BadInput, match="overlap 8"):
-        vae.decode_tiled(torch.zeros(1, 4, 16, 16), 8, 8)
 
 
 def diffusers_twin(vae: Vae) -> torch.nn.Module:
@@ -173,62 +169,6 @@ def test_a_batch_equals_its_members() -> None:
     torch.testing.assert_close(
         vae.decode(whole), torch.cat([vae.decode(z[None]) for z in whole]), rtol=1e-5, atol=1e-5
     )
-
-
-def test_one_tile_is_the_whole_to_the_bit() -> None:
-    vae = network(SMALL)
-    latent, pixels = torch.randn(1, 4, 12, 16), torch.rand(1, 3, 48, 64) * 2 - 1
-    seen: list[tuple[int, int]] = []
-    ours = vae.decode_tiled(latent, 16, 4, lambda done, total: seen.append((done, total)))
-    assert torch.equal(ours, vae.decode(latent)) and seen == [(1, 1)]
-    assert torch.equal(vae.encode_tiled(pixels, 16, 4).mean, vae.encode(pixels).mean)
-
-
-@pytest.mark.parametrize(("tile", "overlap"), [(17, 5), (8, 0), (20, 19), (50, 3)])
-def test_tiles_of_a_pointwise_network_equal_the_whole(tile: int, overlap: int) -> None:
-    """Where a position sees only itself, seams are rounding alone. A position of tile 20, overlap 19 is
-    the float32 sum of 400 terms, hence 2e-5."""
-    latent = torch.randn(1, 4, 51, 40)
-
-    def grow(x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=4.0)
-
-    def shrink(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 4)
-
-    def run(network: Callable[[Tensor], Tensor], x: Tensor, scales: tuple[int, int]) -> Tensor:
-        return _tiled(network, x, (51, 40), scales, tile, overlap, None)
-
-    torch.testing.assert_close(run(grow, latent, (1, 4)), grow(latent), rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(run(shrink, grow(latent), (4, 1)), latent, rtol=2e-5, atol=2e-5)
-
-
-def test_seams_are_small_and_shrink_with_overlap() -> None:
-    """Random weights are the worst case, as every norm depends on all of its tile. Root mean square over the
-    image's own deviation; measured: 0.21 at overlap 4 of tile 32, 0.11 at 16, 0.04 at 24 of tile 48."""
-    vae = network(SMALL)
-    latent = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(2))
-    whole = vae.decode(latent)
-
-    def error(tile: int, overlap: int) -> float:
-        return float((vae.decode_tiled(latent, tile, overlap) - whole).square().mean().sqrt() / whole.std())
-
-    assert error(48, 24) < 0.06
-    assert error(32, 16) < min(0.15, error(32, 4))
-
-
-def test_progress_counts_and_can_stop() -> None:
-    vae = network(SMALL)
-    seen: list[tuple[int, int]] = []
-
-    def stop(done: int, total: int) -> None:
-        seen.append((done, total))
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        vae.decode_tiled(torch.zeros(1, 4, 16, 16), 8, 0, stop)
-    assert seen == [(1, 4), (2, 4)]
 
 
 def test_bfloat16_channels_last_and_training() -> None:

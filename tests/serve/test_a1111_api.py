@@ -348,5 +348,5 @@ def test_a_client_that_goes_away_stops_its_job(toy):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{toy.url}/sdapi/v1/txt2img", json={"prompt": "a"}, timeout=0.3)
     toy.until(lambda: toy.backend.stopped)
-    assert toy.state(toy.backend.stopped[0]) == "cancelled"
+    toy.until(lambda: toy.state(toy.backend.stopped[0]) == "cancelled")
     toy.until(lambda: progress(toy)["state"]["job_count"] == 0)

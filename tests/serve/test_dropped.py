@@ -179,14 +179,14 @@ def test_hostile_names_and_titles_can_be_sent_on():
 
 
 def test_too_many_settings_are_refused_at_once():
-    began = time.perf_counter()
+    began = time.process_time()
     many = {f"x{i}": i for i in range(50_000)}
     with pytest.raises(BadFile, match="more than 300 settings"):
         dropped(png(sumuk=json.dumps(RECEIPT | {"settings": many})))
     text = "x\n" + ", ".join(f"ab{i}: 1" for i in range(50_000))
     with pytest.raises(BadFile, match="more than 300 settings"):
         dropped(png(parameters=text))
-    assert time.perf_counter() - began < 1.5
+    assert time.process_time() - began < 1.5
 
 
 def test_each_kind_of_text_chunk_is_read():

@@ -60,7 +60,7 @@ async def worker(folder: Path, target: Any = work, **config: Any) -> AsyncIterat
 
 
 def order(**values: Any) -> Order:
-    return Order(values={"prompt": "a fox, 3d style", "steps": 3, "seed": 7, **values})
+    return Order(values={"prompt": "a fox, 3d style", "steps": 3, "seed": 7, **values}, shown=True)
 
 
 async def drawn(made: LocalWorker, heard: Heard, job: str, **values: Any) -> Image.Image:

@@ -107,7 +107,7 @@ def part(grid: Sequence[Level], strength: float) -> list[Level]:
     if left < 1:
         raise BadInput(
             f"strength {strength:g} of {steps} steps leaves no step to take; use at least "
-            f"{math.ceil(1 / strength)} steps or a strength of {1 / max(steps, 1):.3g}"
+            f"{math.ceil(min(1 / strength, 1e9))} steps or a strength of {1 / max(steps, 1):.3g}"
         )
     return list(grid[steps - left :])
 

@@ -64,7 +64,7 @@ def make_receipt(
             "mode": mode,
             "threads": torch.get_num_threads(),
             "processor": processor(model.device),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a plain text; what reads it may have no torch
             "python": platform.python_version(),
             **({"tiled": True} if tiled else {}),
         },

@@ -131,6 +131,8 @@ def replay(drawn: Image.Image, receipt: dict[str, Any], model: Model, request: R
     reasons += [
         f"{key} was {then.get(key)}, is {value}" for key, value in now.items() if then.get(key) != value
     ]
+    if then.get("tiled"):
+        reasons.append("its autoencoder worked in tiles then, for want of memory")
     if receipt.get("numerics") != NUMERICS:
         reasons.append(f"numeric version was {receipt.get('numerics')}, is {NUMERICS}")
     again = _draw(model, request, then.get("mode"))

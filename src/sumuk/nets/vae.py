@@ -12,7 +12,7 @@ Shapes: B images, C colours, H and W pixels, z latent channels, h = H / stride, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -305,44 +305,12 @@ class Vae(nn.Module):
     def encode(self, pixels: Tensor) -> Moments:
         """[B, C, H, W] in -1..1 to the Gaussian of its latent; H and W are multiples of ``stride``."""
         self._check(pixels, self.shape.colours, self.stride, "pixels")
-        return _moments(self._encode(pixels))
+        raw = self.encoder(pixels)
+        return _moments(raw if self.shape.quantised is None else self.quant_conv(raw))
 
     def decode(self, latent: Tensor) -> Tensor:
         """[B, z, h, w] to pixels [B, C, h * stride, w * stride], about -1..1."""
         self._check(latent, self.shape.channels, 1, "a latent")
-        return self._decode(latent)
-
-    def encode_tiled(
-        self, pixels: Tensor, tile: int, overlap: int, progress: Callable[[int, int], None] | None = None
-    ) -> Moments:
-        """As ``encode``, by square tiles: memory follows the tile, not the image. See ``decode_tiled``."""
-        self._check(pixels, self.shape.colours, self.stride, "pixels")
-        cells = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
-        return _moments(_tiled(self._encode, pixels, cells, (self.stride, 1), tile, overlap, progress))
-
-    def decode_tiled(
-        self, latent: Tensor, tile: int, overlap: int, progress: Callable[[int, int], None] | None = None
-    ) -> Tensor:
-        """As ``decode``, by square tiles blended linearly where they overlap.
-
-        One tile that covers the latent gives ``decode`` to the bit. Several differ from it a little, as norms
-        and attention then see a tile and not the image; a larger tile differs less.
-
-        Args:
-            latent: [B, z, h, w].
-            tile: side of a tile in latent cells (``encode_tiled`` counts in latent cells too).
-            overlap: cells that neighbours share, 0 <= overlap < tile.
-            progress: called with (tiles done, tiles in all) after each; what it raises ends the work.
-        """
-        self._check(latent, self.shape.channels, 1, "a latent")
-        cells = (latent.shape[2], latent.shape[3])
-        return _tiled(self._decode, latent, cells, (1, self.stride), tile, overlap, progress)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        h = self.encoder(pixels)
-        return h if self.shape.quantised is None else self.quant_conv(h)
-
-    def _decode(self, latent: Tensor) -> Tensor:
         return self.decoder(latent if self.shape.quantised is None else self.post_quant_conv(latent))
 
     def _check(self, x: Tensor, channels: int, step: int, what: str) -> None:
@@ -363,67 +331,3 @@ def _norm(width: int, groups: int) -> nn.GroupNorm:
 def _moments(raw: Tensor) -> Moments:
     mean, log_variance = raw.chunk(2, dim=1)
     return Moments(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
-
-
-def _tiled(
-    network: Callable[[Tensor], Tensor],
-    x: Tensor,
-    cells: tuple[int, int],
-    scales: tuple[int, int],
-    tile: int,
-    overlap: int,
-    progress: Callable[[int, int], None] | None,
-) -> Tensor:
-    """Runs ``network`` over tiles of ``cells``; a cell is ``scales`` = (before, after) positions a side."""
-    if tile < 1 or not 0 <= overlap < tile:
-        raise BadInput(
-            f"tile {tile} with overlap {overlap}: needs tile >= 1 and 0 <= overlap < tile (latent cells)"
-        )
-    before, after = scales
-    rows, columns = _starts(cells[0], tile, overlap), _starts(cells[1], tile, overlap)
-    total = len(rows) * len(columns)
-    if total == 1:
-        whole = network(x)
-        if progress is not None:
-            progress(1, 1)
-        return whole
-    row_weights = _weights(rows, cells[0] * after, tile * after, overlap * after, after).to(x.device)
-    column_weights = _weights(columns, cells[1] * after, tile * after, overlap * after, after).to(x.device)
-    out: Tensor | None = None
-    for index in range(total):
-        i, j = divmod(index, len(columns))
-        top, left = rows[i], columns[j]
-        piece = network(
-            x[:, :, top * before : (top + tile) * before, left * before : (left + tile) * before]
-        ).float()  # sums of many weighted terms in bfloat16 would show as bands
-        if out is None:
-            out = piece.new_zeros(piece.shape[0], piece.shape[1], cells[0] * after, cells[1] * after)
-        down = slice(top * after, top * after + piece.shape[2])
-        across = slice(left * after, left * after + piece.shape[3])
-        out[:, :, down, across] += piece * row_weights[i, down, None] * column_weights[j, across]
-        if progress is not None:
-            progress(index + 1, total)
-    assert out is not None
-    return out.to(x.dtype)
-
-
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin; the last is moved back to end at the edge, so that all are of one size."""
-    if length <= tile:
-        return [0]
-    return [*range(0, length - tile, tile - overlap), length - tile]
-
-
-def _weights(starts: list[int], length: int, tile: int, overlap: int, scale: int) -> Tensor:
-    """[tiles, length]: each tile's share of every position, ramped over its overlaps; columns sum to 1."""
-    weights = torch.zeros(len(starts), length)
-    for index, start in enumerate(starts):
-        begin, end = start * scale, min(start * scale + tile, length)
-        place = torch.arange(begin, end) + 0.5
-        share = torch.ones(end - begin)
-        if index > 0 and overlap:
-            share = torch.minimum(share, (place - begin) / overlap)
-        if index < len(starts) - 1 and overlap:
-            share = torch.minimum(share, (end - place) / overlap)
-        weights[index, begin:end] = share
-    return weights / weights.sum(dim=0)

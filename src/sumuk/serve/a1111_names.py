@@ -172,8 +172,7 @@ def title_of(entry: Entry) -> str:
 def usual_model(entries: Iterable[Entry], config: ServeConfig) -> Entry | None:
     """The checkpoint that draws where none is named."""
     models = [each for each in entries if each.sort == "model"]
-    name = "miniature" if config.model is None else config.model.stem or config.model.name
-    return next((each for each in models if each.name == name), models[0] if models else None)
+    return next((each for each in models if each.name == config.usual), models[0] if models else None)
 
 
 def entry_of(said: str, sort: str, entries: Iterable[Entry], what: str) -> Entry:

@@ -128,7 +128,15 @@ async def planned(request: Request, sent: Txt2Img | Img2Img) -> Plan:
     refiner = sent.refiner and entry_of(sent.refiner, "model", entries, "refiner_checkpoint").name
     if refiner and sent.refiner_switch_at is not None:
         values["refiner_start"] = sent.refiner_switch_at
-    order = Order(values=values, model=model, vae=vae, refiner=refiner, controls=controls, attached=True)
+    order = Order(
+        values=values,
+        model=model,
+        vae=vae,
+        refiner=refiner,
+        controls=controls,
+        attached=True,
+        shown=True,
+    )
     return Plan(order, options, None if drawn_on is None else drawn_on.back)
 
 

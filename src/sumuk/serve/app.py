@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -123,7 +124,7 @@ def in_words(error: RequestValidationError) -> str:
     found = []
     for each in error.errors()[:3]:
         where = ".".join(str(part) for part in each["loc"] if part != "body") or "the body"
-        value = repr(each.get("input"))
-        shown = value if len(value) <= 80 else f"{value[:77]}..."
-        found.append(f"{where}: {each['msg'][:1].lower()}{each['msg'][1:]} (got {shown})")
+        said = each["msg"].removeprefix("Value error, ")
+        # reprlib: the value may be megabytes of text
+        found.append(f"{where[:80]}: {said[:1].lower()}{said[1:]} (got {reprlib.repr(each.get('input'))})")
     return "; ".join(found)

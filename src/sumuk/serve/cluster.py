@@ -64,6 +64,8 @@ class Cluster:
         self.ready = False
         self.replicas: dict[str, Vitals] = {}
         self._tell: Callable[[Told], None] = lambda told: None
+        self._painter: Any = None
+        self._clerk: Any = None
         self._roll = Roll()
         self._numbers = itertools.count()
         self._pictures: dict[str, set[asyncio.Task[None]]] = {}
@@ -101,6 +103,8 @@ class Cluster:
             if self._roll.broken:
                 log.critical("no painter can work: %s", self._roll.broken)
                 self._tell(Died(self._roll.broken, again=False))
+                for job in [*self._pictures]:
+                    self.cancel(job)
                 return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), BETWEEN_LOOKS)
@@ -120,7 +124,9 @@ class Cluster:
                     return await call()
             except TimeoutError:
                 raise refused("unready", f"no answer to {what!r} in {patience:g} s", retry_after=30) from None
-            except _gone() as error:
+            except Exception as error:
+                if not _is_loss(error):
+                    raise
                 log.warning("who was asked to %s is lost: %s", what, error)
                 if not again:
                     break
@@ -177,7 +183,8 @@ class Cluster:
         except Exception as error:
             log.exception("picture %d failed", image, extra={"job": job})
             end = Lost(job, image, trouble_of(error))
-        self._tell(end)
+        if not self._roll.broken:  # with that, all was told of all
+            self._tell(end)
 
     async def _try(self, job: str, order: Order, image: int, others: tuple[int, ...]) -> Drawn | Lost | None:
         """How a picture ended; None: its painter was lost."""
@@ -199,7 +206,9 @@ class Cluster:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except _gone() as error:
+        except Exception as error:
+            if not _is_loss(error):
+                raise
             log.warning("the painter of picture %d is lost: %s", image, error, extra={"job": job})
             self.replicas.pop(replica, None)
         finally:
@@ -253,20 +262,21 @@ class Cluster:
     def _end(self) -> None:
         import ray
 
+        for handle in (self._painter, self._clerk):
+            with suppress(Exception):
+                handle.shutdown()  # it has a thread that counts calls
         if self._started_ray:
             ray.shutdown()
         elif self._crew is not None:
-            with suppress(*_gone()):
+            with suppress(Exception):
                 self._crew.dismiss()
 
 
 def mark(order: Order, config: ServeConfig) -> str:
     """What a painter keeps in memory for an order, as Serve sends equal ones to the same; empty: all have it."""
     names = (order.model, order.vae, order.refiner)
-    usual = "miniature" if config.model is None else config.model.stem or config.model.name
-    return (
-        "" if names in ((None, None, None), (usual, None, None)) else "|".join(each or "" for each in names)
-    )
+    home = names in ((None, None, None), (config.usual, None, None))
+    return "" if home else "|".join(each or "" for each in names)
 
 
 def _said(answer: Answer) -> Any:
@@ -275,9 +285,9 @@ def _said(answer: Answer) -> Any:
     return answer.value
 
 
-def _gone() -> tuple[type[Exception], ...]:
-    """Errors of calls whose callee is lost."""
-    from ray.exceptions import RayError
+def _is_loss(error: Exception) -> bool:
+    """Whether a call failed because who was called is lost, and not by an error of ours there."""
+    from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
 
-    return RayError, RayServeException
+    return isinstance(error, RayError | RayServeException) and not isinstance(error, RayTaskError)

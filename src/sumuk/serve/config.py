@@ -59,7 +59,7 @@ class ServeConfig(BaseModel):
     memory: int | None = Field(default=None, ge=64 * MIB)
     """Bytes that models may take together; the least recently used goes. None: three quarters of what there is."""
     preview: int = Field(default=2, ge=0, le=1000)
-    """Steps between previews for those who watch; 0: none."""
+    """Steps between previews for who looks on (the page, A1111's clients); 0: none."""
 
     # How much.
     queue_jobs: int = Field(default=256, ge=1)
@@ -101,6 +101,11 @@ class ServeConfig(BaseModel):
             name = ".".join(map(str, first["loc"]))
             text = first["msg"].removeprefix("Value error, ")
             raise BadInput(f"{name}: {text} (got {first['input']!r:.80})" if name else text) from None
+
+    @property
+    def usual(self) -> str:
+        """The name of the usual checkpoint, by which orders may ask for it too."""
+        return "miniature" if self.model is None else self.model.stem or self.model.name
 
     @property
     def loopback(self) -> bool:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sumuk.serve.config import ServeConfig
+from sumuk.serve.config import MIB, ServeConfig
 from sumuk.serve.local import slots
 from sumuk.serve.trouble import refused
 
-STORE = 512 * 2**20
+STORE = 512 * MIB
 """Bytes of shared memory for what goes between processes, where the cluster is this machine alone."""
 ALWAYS = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes late joins no other cluster
@@ -31,6 +31,7 @@ ALONE = {
     "RAY_worker_niceness": "0",  # painters are no background work
 }
 """How Ray is set up where the cluster is this machine alone."""
+THREADS_BESIDE_GPU = 4
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 ALIKE: dict[str, Any] = {
     "health_check_period_s": 2.0,
@@ -94,7 +95,8 @@ class Crew:
         from ray import serve
 
         for name in {self.painters, self.clerk}:
-            serve.delete(name, _blocking=False)
+            with suppress(TimeoutError):
+                serve.delete(name)
 
 
 def _running(application: Any, name: str) -> int:
@@ -181,6 +183,10 @@ def hire(config: ServeConfig, most: int | None) -> Crew:
         with suppress(TimeoutError):
             serve.delete(each)
     threads = config.threads or fitting([int(node.get("CPU", 0)) for node in nodes], count)
+    if on_gpu(config):
+        threads = min(threads, config.threads or THREADS_BESIDE_GPU)
+    elif config.memory is None:
+        config = config.model_copy(update={"memory": share(nodes, threads)})
     apps = zip((painter(config, count, threads), clerk(config)), (crew.painters, crew.clerk), strict=True)
     targets = [serve.RunTarget(app, name, None) for app, name in apps]
     serve.run_many(targets, wait_for_applications_running=False)
@@ -212,6 +218,13 @@ def fitting(cores: list[int], count: int) -> int:
     """How many threads each of ``count`` painters can have on machines of so many cores; at least one."""
     most = max(cores, default=1)
     return next((n for n in range(most, 1, -1) if sum(each // n for each in cores) >= count), 1)
+
+
+def share(nodes: list[dict[str, float]], threads: int) -> int:
+    """Bytes that the models of a painter may take: of three quarters of a machine, its part by its cores."""
+    able = [node for node in nodes if node.get("CPU", 0) >= threads] or nodes
+    least = min(node.get("memory", 0) * threads / max(node.get("CPU", 0), threads) for node in able)
+    return max(int(least * 3 / 4), 64 * MIB)
 
 
 def painter(config: ServeConfig, most: int, threads: int) -> Any:

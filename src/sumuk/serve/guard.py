@@ -21,6 +21,7 @@ from sumuk.serve.body import Bodies, Gone, Message, Receive, check_json
 from sumuk.serve.config import ServeConfig
 from sumuk.serve.keys import Keyring
 from sumuk.serve.logs import REQUEST
+from sumuk.serve.openai_schema import with_fault
 from sumuk.serve.order import Caller
 from sumuk.serve.sites import SAFE, Heads, Sites
 from sumuk.serve.trouble import Refused, Trouble, refused, trouble_of
@@ -167,6 +168,8 @@ class _Passing:
 
     async def refuse(self, trouble: Trouble) -> None:
         """Answer with a problem, and read on for a moment if the client is still sending."""
+        if self.path.startswith("/v1/"):
+            trouble = with_fault(trouble)
         sending = not self.read and (
             "transfer-encoding" in self.heads or _one(self.heads, "content-length") > "0"
         )

@@ -35,7 +35,6 @@ SORTS = {
     "ip-adapter": "control",
 }
 """First part of a kind on the shelf -> sort of entry; families that draw are models, the rest is ``other``."""
-HOME = "miniature"
 
 
 class Offered:
@@ -49,7 +48,7 @@ class Offered:
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        self.usual = HOME if config.model is None else config.model.stem or config.model.name
+        self.usual = config.usual
         self._usual_path = MINIATURE if config.model is None else config.model
         if not self._usual_path.exists():
             raise MissingFile(f"no model at {self._usual_path}")

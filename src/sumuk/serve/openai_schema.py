@@ -256,7 +256,7 @@ class ProblemWithFault(BaseModel):
     title: str
     status: int
     detail: str
-    error: Fault | None = Field(None, description="Left out where the call is refused before its address is.")
+    error: Fault
 
 
 def inlined(model: type[BaseModel]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Order:
         controls: ControlNets that the request steers by: their names in the request -> names that the server offers.
         deadline: seconds from admission in which it must be finished; None: the server's usual patience.
         attached: a connection waits for it, and when that is gone nobody wants it any more.
+        shown: somebody looks on while it is drawn, so that previews are worth their time; ``preview`` of its values
+            says how often, and if it does not, the server decides.
     """
 
     values: Mapping[str, Any]
@@ -46,6 +48,7 @@ class Order:
     controls: Mapping[str, str] = field(default_factory=dict)
     deadline: float | None = None
     attached: bool = False
+    shown: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,7 +212,7 @@ class Worker:
         try:
             request = request_of(job.draw.order)
             came.found.engine.model = model = came.found.dress(request, self._offered)
-            request = self._shown(request, model)
+            request = self._shown(request, model) if job.draw.order.shown else request
             job.number = came.found.engine.submit(request, only=job.left)
         except Exception as error:
             self._lose(job, self._told(error, came.job))
@@ -221,7 +221,7 @@ class Worker:
         self._engines.setdefault(came.found, {})[job.number] = came.job
 
     def _shown(self, request: Request, model: Model) -> Request:
-        """The request with previews, where they cost little and it says nothing of them."""
+        """The request with previews for who looks on, where they cost little and it says nothing of them."""
         every = self._config.preview
         if request.preview or not every:
             return request

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 from tests.serve.conftest import Running, running
 from tests.serve.page.conftest import Reader, reading
+from tests.serve.toy_backend import ToyBackend
+from tests.serve.toy_running import toy_running
 
 from sumuk.generate.api import MINIATURE
 
@@ -454,3 +456,41 @@ def test_the_workshop_works_on_the_shelf(reader, server):
     assert "mixed" in server.client.get("/api/models").text
     page.click("#merge-run")
     page.wait_for_selector("#work-notice >> text=There is already a mixed.safetensors")
+
+
+def test_a_page_outlives_its_server(browser, tmp_path):
+    with running(tmp_path / "state", page=True) as first:
+        port = first.url.rpartition(":")[2]
+        with reading(browser, first.url) as reader:
+            page = reader.open()
+            drawn(page, "a star")
+            first.stop()
+            page.click("#draw")
+            page.wait_for_selector("text=Connection to the server was lost")
+            with running(tmp_path / "state", "--port", port, page=True):
+                page.wait_for_load_state("networkidle")
+                page.wait_for_timeout(5000)  # it may load itself anew
+                drawn(page, "a heart")
+                assert "1 picture" in page.inner_text("#stage .walk")
+
+
+def test_behind_a_token_everybody_sees_their_own(browser, tmp_path):
+    tokens = {"ann": "a" * 16, "ben": "b" * 16}
+    backend = ToyBackend(turn=0.1, steps=4)
+    with toy_running(tmp_path / "state", backend, page=True, tokens=tokens) as toy:
+        for name, count in (("ann", 1), ("ben", 0)):
+            with reading(browser, toy.url) as reader:
+                page = reader.page
+                page.goto(toy.url)
+                page.fill("#token", tokens[name])
+                page.keyboard.press("Enter")
+                page.wait_for_selector("#prompt textarea")
+                page.wait_for_load_state("networkidle")
+                if count:
+                    drawn(page, "a fox")
+                    assert page.locator("#stage figure a img").evaluate(
+                        "async (i) => (await i.decode(), i.naturalWidth)"
+                    )
+                tab(page, "Gallery")
+                assert page.locator("#gallery-wall .wall button").count() == count
+                assert reader.foreign() == [] and reader.complained == []

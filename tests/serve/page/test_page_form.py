@@ -213,13 +213,18 @@ def test_pictures_are_their_owners_and_tidied(kept, tmp_path, monkeypatch):
     assert name == named(hashlib.sha256(asyncio.run(kept.read("ann", name))).hexdigest())
     with pytest.raises(Refused):
         kept.path("ben", name)
+    (tmp_path / "secret.png").write_bytes(data)
+    (tmp_path / "pictures" / "secret.png").write_bytes(data)
+    for way in ("../secret", "../../secret", str(tmp_path / "secret"), name.upper()):
+        with pytest.raises(Refused):
+            kept.path("ann", way)
     for wrong in ("not a data url", "data:image/png;base64,%%", "data:image/png;base64,bm9wZQ=="):
         with pytest.raises(Refused) as told:
             asyncio.run(kept.take("ann", wrong, "the picture"))
         assert told.value.trouble.type == "bad-picture"
     monkeypatch.setattr("sumuk.serve.page.kept.MOST", 3)
     names = [asyncio.run(kept.put("ann", png(size=(8, 8 * n)))) for n in range(1, 6)]
-    assert len(list(tmp_path.rglob("*.png"))) == 3
+    assert len(list((tmp_path / "pictures").glob("*/*.png"))) == 3
     assert kept.path("ann", names[-1])
     assert MOST >= 10 and DAYS >= 1
 

@@ -69,6 +69,34 @@ def test_what_the_page_does_not_use_of_the_framework_is_shut(toy, path):
         assert answer.headers["content-type"] == "application/problem+json"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"data": []},
+        {"data": [], "fn_index": 10_000},
+        {"data": [], "fn_index": -1},
+        {"data": [None] * 99, "fn_index": 0, "session_hash": "x"},
+        {"data": "x" * 1000, "fn_index": 0},
+        {"data": [[[]]], "fn_index": {}, "session_hash": []},
+        *(
+            {
+                "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}] * 23,
+                "fn_index": n,
+                "session_hash": "x",
+            }
+            for n in range(6)
+            for path in ("/etc/passwd", "http://127.0.0.1:1/x", "../../etc/passwd")
+        ),
+    ],
+)
+def test_a_call_that_the_page_does_not_make_is_a_mistake_of_the_caller(toy, body):
+    answer = toy.client.post("/en/gradio_api/run/predict", json=body)
+    assert answer.status_code < 500, answer.text
+    assert "root:" not in answer.text
+    assert toy.client.get("/en/").status_code == 200
+
+
 def test_the_apis_come_before_the_page(toy):
     assert toy.client.get("/livez").status_code == 200
     assert toy.client.get("/v1/models").json()["object"] == "list"

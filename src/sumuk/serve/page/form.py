@@ -135,7 +135,9 @@ async def order_of(form: Form, kept: Kept, owner: str) -> Order:
             "strength": form["hires_strength"],
             "steps": _whole("hires steps", form["hires_steps"]),
         }
-    return Order(values=values, model=form["model"] or None, vae=form["vae"] or None, controls=controls)
+    return Order(
+        values=values, model=form["model"] or None, vae=form["vae"] or None, controls=controls, shown=True
+    )
 
 
 def _whole(name: str, value: Any) -> int:

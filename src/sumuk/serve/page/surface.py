@@ -6,10 +6,10 @@ uses none of them: its pictures come and go by ways of ours, so all of those are
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 
-from starlette._utils import get_route_path
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,11 +17,12 @@ from sumuk.serve.calls import problem
 from sumuk.serve.page.words import LANGUAGES
 from sumuk.serve.trouble import Trouble
 
+log = logging.getLogger("sumuk.serve")
+
 _OURS = re.compile(rf"/(?P<language>{'|'.join(LANGUAGES)})(?P<rest>/.*|)", re.DOTALL)
-_OPEN = re.compile(
-    r"/?|/config/?|/theme\.css|/(?:assets|static)/.*"
-    r"|/gradio_api/(?:run/predict|app_id)/?"
-)
+CALL = "/gradio_api/run/predict"
+"""Where an event of the page comes in."""
+_OPEN = re.compile(rf"/?|/config/?|/theme\.css|/(?:assets|static)/.*|{CALL}|/gradio_api/app_id/?")
 _OWN = re.compile(rb'<meta\s[^>]*(?:og|twitter):[^>]*>|<link rel="manifest"[^>]*>')
 """What the framework's HTML says of itself to other sites."""
 
@@ -41,16 +42,41 @@ class Surface:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        found = _OURS.fullmatch(get_route_path(scope)) if scope["type"] in ("http", "websocket") else None
-        if found is None:
+        path, root = scope.get("path", ""), scope.get("root_path", "")
+        found = _OURS.fullmatch(path.removeprefix(root))
+        if found is None or scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket" or not _OPEN.fullmatch(found["rest"]):
-            missing = Trouble("not-found", f"there is nothing at {scope['path'][:200]}")
+            missing = Trouble("not-found", f"there is nothing at {path[:200]}")
             await problem(missing)(scope, receive, send)
+        elif found["rest"] == CALL:
+            await self._call(scope, receive, send)
         elif found["rest"] == "/" and scope["method"] == "GET":
             await self._page(found["language"], scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An event. Our handlers tell in their answers what goes wrong; what fails before is no call of the page."""
+        wrong = problem(Trouble("bad-request", "this is no call that the page makes; load it anew"))
+        status = 0
+
+        async def checked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            if status < 500:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, checked)
+        except Exception as error:
+            if 0 < status < 500:  # half of the answer is out
+                raise
+            log.warning("a call of the page failed: %r", error)
+            status = 500
+        if status >= 500:
+            await wrong(scope, receive, send)
 
     async def _page(self, language: str, scope: Scope, receive: Receive, send: Send) -> None:
         """The HTML, in its language and with our scripts before the framework's."""
