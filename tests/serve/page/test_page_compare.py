@@ -167,6 +167,7 @@ def test_a_grid_is_drawn_though_nobody_looks_and_waits_where_there_is_too_much(t
             assert grid.trouble is None
             jobs = [job for line in grid.sheet.jobs for job in line]
             assert [job.state for job in jobs] == ["done"] * 4
+            assert not any(job.order.shown for job in jobs), "nobody sees previews here"
             assert [(job.order.values["steps"], job.order.values["seed"]) for job in jobs] == [
                 (2, 1),
                 (4, 1),

@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections import OrderedDict
 from contextlib import suppress
+from dataclasses import replace
 
 from sumuk.serve.desk import Desk
 from sumuk.serve.order import Caller
@@ -65,9 +66,10 @@ class Grid:
         async with self._room:
             try:
                 await woken(self._desk)
-                order = await order_of(
-                    form | {"seed": form["seed"] or self._seed}, self._kept, self.caller.owner
-                )
+                form = form | {"seed": form["seed"] or self._seed}
+                order = replace(
+                    await order_of(form, self._kept, self.caller.owner), shown=False
+                )  # no previews
                 while not self._cancelled:
                     try:
                         jobs[column] = job = (await self._desk.submit(order, self.caller))[0]
