@@ -139,8 +139,7 @@ def _run(values: Mapping[str, Any], tokens: list[str], cluster: bool, replicas: 
     elif replicas is not None:
         raise BadInput(f"--replicas {replicas} does nothing without --cluster; leave it out")
     made = listening(config)
-    typer.echo(f"sumuk serves at {address(made)}", err=True)
-    serve(config, made, backend)
+    serve(config, made, backend, lambda: typer.echo(f"sumuk serves at {address(made)}", err=True))
 
 
 def _named(said: list[str]) -> dict[str, str]:

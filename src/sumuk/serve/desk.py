@@ -82,12 +82,14 @@ class Desk:
     # Starting and stopping.
 
     async def start(self) -> None:
-        """Take the state folder, put the last server's jobs in order, and begin.
+        """Take the state folder, put the last server's jobs in order, and begin. Once is enough.
 
         Raises:
             BadInput, BadFile: see :meth:`sumuk.serve.store.Store.open`.
             Refused: what draws cannot be started.
         """
+        if self._running:
+            return
         await self._store.open()
         try:
             for job, deaths in await recover(self._store, time.time()):

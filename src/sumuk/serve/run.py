@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -28,7 +29,15 @@ class Server(uvicorn.Server):
     """Uvicorn, which drains before it stops."""
 
     desk: Desk
+    told: Callable[[], None]
     _draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """The desk first, so that what is wrong with it is the caller's to see, and not a trace in the log."""
+        await self.desk.start()
+        await super().startup(sockets)
+        if self.started:
+            self.told()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends."""
@@ -74,8 +83,13 @@ def address(made: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(config: ServeConfig, made: socket.socket, backend: Backend | None = None) -> None:
-    """Serve on a bound socket until a signal ends it.
+def serve(
+    config: ServeConfig,
+    made: socket.socket,
+    backend: Backend | None = None,
+    told: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve on a bound socket until a signal ends it; ``told`` is called when it answers.
 
     Raises:
         SumukError: it cannot be set up.
@@ -96,7 +110,7 @@ def serve(config: ServeConfig, made: socket.socket, backend: Backend | None = No
             timeout_graceful_shutdown=5,
         )
     )
-    server.desk = app.state.desk
+    server.desk, server.told = app.state.desk, told
     server.run(sockets=[made])
     if not server.started:
         raise SystemExit(1)
