@@ -41,7 +41,8 @@ SECONDS, SECONDS_A_MEGAPIXEL = 3, 0.75
 WALL = 4
 """Seconds by the clock for each of computing: the machine may be busy drawing."""
 ORIENTATION = 0x0112
-PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20  # unpacked texts, which nobody will read
+MOST_TEXT = 4 * 2**20
+"""Bytes of a PNG's unpacked texts, which nobody will read."""
 
 
 def plain(data: bytes) -> bytes:
@@ -113,6 +114,7 @@ def serve_one(connection: socket.socket) -> None:
 
 def main() -> None:
     """Wait for connections on the standard input until it ends."""
+    PngImagePlugin.MAX_TEXT_MEMORY = MOST_TEXT  # here, as it holds for the whole process
     rehearse()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is forgotten at once
     with socket.socket(fileno=0) as control:
