@@ -7,6 +7,7 @@ import base64
 import binascii
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any
@@ -98,14 +99,17 @@ async def watched(request: Request, job: Job) -> AsyncIterator[Told]:
     desk, caller = desk_of(request), caller_of(request)
     events = desk.watch(job.id, caller).__aiter__()
     following: asyncio.Task[Told | Job] | None = None
+    looked = time.monotonic()
     try:
         while True:
             following = following or asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait((following,), timeout=BETWEEN_LOOKS)
-            if not done:
+            if time.monotonic() - looked >= BETWEEN_LOOKS:  # also where steps come more often than that
+                looked = time.monotonic()
                 if await request.is_disconnected():
                     await desk.cancel(job.id, caller, "its client went away")
                     raise refused("cancelled", "the client went away", job=job.id)
+            if not done:
                 continue
             try:
                 event = following.result()
