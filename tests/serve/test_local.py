@@ -106,7 +106,7 @@ def test_names_choices_and_what_is_refused(tmp_path: Path):
             some = await made.choices()
             assert "euler" in {each["name"] for each in some["solvers"]}
             assert "karras" in {each["name"] for each in some["grids"]}
-            await made.load("miniature")
+            await made.load("Miniature")  # whatever the case of its letters
             for wrong, word in (
                 (order(solver="oiler"), "euler"),
                 (order(width=72, height=20), "20"),

@@ -94,3 +94,20 @@ def test_every_choice_has_a_name_and_its_aliases():
     euler = next(each for each in some["solvers"] if each["name"] == "euler-ancestral")
     assert "euler-a" in euler["aliases"] and "eta" in euler["settings"]
     assert {"karras", "leading", "trailing"} <= {each["name"] for each in some["grids"]}
+
+
+def test_a_shelf_is_looked_through_once_for_many_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    offered = Offered(ServeConfig(shelf=shelf(tmp_path, ink=LORA)))
+    looks = 0
+    entries = offered._shelf.entries
+
+    def counted():
+        nonlocal looks
+        looks += 1
+        return entries()
+
+    monkeypatch.setattr(offered._shelf, "entries", counted)
+    for _ in range(20):
+        offered.entries()
+        offered.find("ink", "lora")
+    assert looks == 1

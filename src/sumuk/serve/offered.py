@@ -6,6 +6,8 @@ Worker side. Orders name things and never say where they lie; a name stands for 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,8 @@ SORTS = {
     "ip-adapter": "control",
 }
 """First part of a kind on the shelf -> sort of entry; families that draw are models, the rest is ``other``."""
+FRESH = 2.0
+"""Seconds in which a shelf is not looked through again, unless a name is not known."""
 
 
 class Offered:
@@ -59,17 +63,32 @@ class Offered:
         self._roots = sorted({*map(str, folders)}, key=len, reverse=True)
         self._draws = {kind.key: kind for kind in families() if isinstance(kind, Family)}
         self.paths: dict[tuple[str, str], Path] = {}
+        self._entries: list[Entry] = []
+        self._looked = -FRESH
+        self._lock = threading.Lock()
         self._licences: dict[tuple[Path, tuple[int, ...]], str] = {}
 
-    def entries(self) -> list[Entry]:
-        """Everything, models first; a name that several files bear is said with its folder."""
-        found = [self._entry(path, each, root) for path, each, root in self._lying()]
+    def entries(self, fresh: float = FRESH) -> list[Entry]:
+        """Everything, models first; a name that several files bear is said with its folder.
+
+        Args:
+            fresh: seconds for which what was seen last is still believed; every request asks.
+        """
+        with self._lock:
+            if time.monotonic() - self._looked >= fresh:
+                self._entries = self._look()
+                self._looked = time.monotonic()
+            return self._entries
+
+    def _look(self) -> list[Entry]:
+        lying = [*self._lying()]
+        found = [self._entry(path, each, root) for path, each, root in lying]
         counts: dict[tuple[str, str], int] = {}
         for entry in found:
             counts[entry.sort, entry.name] = counts.get((entry.sort, entry.name), 0) + 1
         named: list[Entry] = []
         paths: dict[tuple[str, str], Path] = {}
-        for (path, _, _), entry in zip(self._lying(), found, strict=True):
+        for (path, _, _), entry in zip(lying, found, strict=True):
             if counts[entry.sort, entry.name] > 1 and path != self._usual_path:
                 entry = replace(entry, name=Path(entry.file).with_suffix("").as_posix())
             if (entry.sort, entry.name) not in paths:
@@ -87,7 +106,7 @@ class Offered:
         if sort == "model" and name == self.usual:
             return self._usual_path
         if (sort, name) not in self.paths or not self.paths[sort, name].exists():
-            self.entries()
+            self.entries(fresh=0.0)
         if (sort, name) not in self.paths:
             some = [each for kind, each in self.paths if kind == sort]
             hint = nearest(name, some) if some else "; this server offers none"

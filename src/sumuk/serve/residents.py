@@ -116,6 +116,7 @@ class Resident:
         if sort == "control":
             controls = {**self.model.controls, name: load_control(path, self.model)}
             self.model = replace(self.model, controls=controls)
+            self.size = size_of(self.model)  # controls are as large as models
         else:
             some: dict[str, Any] = {TABLES[sort]: {name: path}}
             self.model = with_guests(self.model, **some)
@@ -125,6 +126,7 @@ class Resident:
         table = {key: value for key, value in getattr(self.model, TABLES[sort]).items() if key != name}
         some: dict[str, Any] = {TABLES[sort]: table}
         self.model = replace(self.model, **some)
+        self.size = size_of(self.model)
 
 
 Ready = Callable[["Resident | Exception"], None]
@@ -136,7 +138,7 @@ class Residents:
     Args:
         config: device, types, budget.
         offered: where things lie.
-        tell: told ``loading`` and ``loaded`` or ``lost`` with the name of the model, from the loading thread.
+        tell: told ``loading`` and ``loaded`` with the name of the model, from the loading thread.
     """
 
     def __init__(self, config: ServeConfig, offered: Offered, tell: Callable[[str, str, Any], None]) -> None:
@@ -175,7 +177,7 @@ class Residents:
 
     def size(self) -> int:
         """Bytes of all of them."""
-        return sum(each.size for each in self.here.values())
+        return sum(each.size for each in [*self.here.values()])
 
     def _load_forever(self) -> None:
         while True:
@@ -184,7 +186,6 @@ class Residents:
                 found: Resident | Exception = self.get(key) or self._load(key)
             except Exception as error:
                 found = error
-                self._tell("lost", key[0], error)
             with self._lock:
                 waiting = self._waiting.pop(key)
             for ready in waiting:
@@ -231,7 +232,7 @@ class Residents:
                 "together; start the server with more --memory, or convert it to a smaller type"
             )
         while self.size() + needed > self.budget:
-            idle = [each for each in self.here.values() if each.engine.idle]
+            idle = [each for each in [*self.here.values()] if each.engine.idle]
             if not idle:
                 time.sleep(0.05)
                 continue

@@ -47,7 +47,7 @@ class Gauge:
             row_room=self._room,
             resident=resident_bytes(),
             device_memory=torch.cuda.memory_allocated() if cuda else 0,
-            models=tuple(dict.fromkeys(key[0] for key in residents.here)),
+            models=tuple(dict.fromkeys(key[0] for key in [*residents.here])),
             escalations=escalations,
         )
         self.__init__()  # type: ignore[misc]  # begin anew

@@ -120,28 +120,22 @@ class Worker:
             "catalogue": lambda _: self._catalogue(),
             "describe": self._offered.describe,
             "choices": lambda _: choices(),
-            "load": self._want,
         }
         try:
-            value = verbs[ask.verb](ask.about)
+            if ask.verb == "load":
+                key = self._residents.key(Order(values={}, model=ask.about))
+                self._residents.want(key, lambda found: self._arrived(ask.number, found))
+            else:
+                self._send(Answer(ask.number, verbs[ask.verb](ask.about)))
         except Exception as error:
             self._send(Answer(ask.number, trouble=self._told(error, f"{ask.verb} {ask.about!r:.200}")))
-        else:
-            if ask.verb != "load":
-                self._send(Answer(ask.number, value))
-            elif value is None:
-                name = str(ask.about)
-                self._residents.want((name, None, None), lambda found: self._arrived(ask.number, found))
 
     def _arrived(self, number: int, found: Resident | Exception) -> None:
         bad = self._told(found, "load") if isinstance(found, Exception) else None
         self._send(Answer(number, trouble=bad))
 
-    def _want(self, name: str) -> None:
-        self._offered.find(self._offered.named(name, "model"), "model")
-
     def _catalogue(self) -> list[Any]:
-        here = {key[0] for key in self._residents.here}
+        here = {key[0] for key in [*self._residents.here]}  # a copy: models come in another thread
         return [
             replace(each, loaded=each.sort == "model" and each.name in here)
             for each in self._offered.entries()
