@@ -12,8 +12,9 @@ demo: $(VENV)/.demo
 serve: $(VENV)/.serve
 	$(BIN)/sumuk serve
 
+# Two at once take half of the time; more would want more memory than a laptop has.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

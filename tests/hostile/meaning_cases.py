@@ -167,8 +167,12 @@ def _folder(name: str) -> Callable[[Path], Path]:
 
 
 def _socket(folder: Path) -> Path:
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(folder / "s.safetensors"))
+    inside = os.open(folder, os.O_RDONLY)  # a socket's own path may have 107 characters
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(f"/proc/self/fd/{inside}/s.safetensors")
+    finally:
+        os.close(inside)
     return folder / "s.safetensors"
 
 

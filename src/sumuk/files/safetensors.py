@@ -263,30 +263,33 @@ def _metadata(path: Path, table: object) -> dict[str, str]:
 
 
 def _entry(path: Path, name: str, entry: object) -> TensorInfo:
-    what = f"tensor {shown(name)}"
+    def refuse(code: str, what: str) -> NoReturn:
+        _refuse(path, code, f"tensor {shown(name)}{what}")
+
     if not name or len(name) > MAX_NAME or _CONTROL.search(name):
-        _refuse(path, "name", f"{what}: its name is empty, above {MAX_NAME} characters or not printable")
-    if name[0] in "/\\" or ".." in re.split(r"[/\\]", name):
-        _refuse(path, "name", f"{what}: its name is a path out of its folder")
-    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+        refuse("name", f": its name is empty, above {MAX_NAME} characters or not printable")
+    if name[0] in "/\\" or (".." in name and ".." in re.split(r"[/\\]", name)):
+        refuse("name", ": its name is a path out of its folder")
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         fields = sorted(entry)[:8] if isinstance(entry, dict) else type(entry).__name__
-        _refuse(path, "fields", f"{what} has the fields {fields!s:.120}, not {sorted(_FIELDS)}")
+        refuse("fields", f" has the fields {fields!s:.120}, not {sorted(_FIELDS)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        _refuse(path, "dtype", f"{what} has the unknown dtype {dtype!r:.40}")
+        refuse("dtype", f" has the unknown dtype {dtype!r:.40}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        _refuse(path, "shape", f"{what} has the shape {shape!r:.80}")
+        refuse("shape", f" has the shape {shape!r:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        _refuse(path, "offsets", f"{what} has the offsets {offsets!r:.80}")
-    if prod(max(side, 1) for side in shape) >= 2**63:  # steps are counted in 64 bits, also beside a size of 0
-        _refuse(path, "size", f"{what} has the shape {shape!s:.80}, whose steps are above 2^63")
+        refuse("offsets", f" has the offsets {offsets!r:.80}")
+    numbers = prod(shape)
+    if (numbers or prod(side or 1 for side in shape)) >= 2**63:  # steps have 64 bits, also beside a size of 0
+        refuse("size", f" has the shape {shape!s:.80}, whose steps are above 2^63")
     begin, end = offsets
     if begin > end:
-        _refuse(path, "offsets", f"{what} ends at {end} before it begins at {begin}")
-    bits = prod(shape) * BITS[dtype]
+        refuse("offsets", f" ends at {end} before it begins at {begin}")
+    bits = numbers * BITS[dtype]
     if bits != 8 * (end - begin):
         need = f"{bits / 8:g} bytes" if bits < 2**66 else "more than 2^63 bytes"
-        _refuse(path, "size", f"{what} of {dtype} {shape!s:.80} needs {need}, not {end - begin}")
+        refuse("size", f" of {dtype} {shape!s:.80} needs {need}, not {end - begin}")
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
