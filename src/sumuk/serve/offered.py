@@ -82,7 +82,7 @@ class Offered:
 
     def _look(self) -> list[Entry]:
         lying = [*self._lying()]
-        found = [self._entry(path, each, root) for path, each, root in lying]
+        found = [self._entry(path, each, home) for path, each, home in lying]
         counts: dict[tuple[str, str], int] = {}
         for entry in found:
             counts[entry.sort, entry.name] = counts.get((entry.sort, entry.name), 0) + 1
@@ -155,20 +155,20 @@ class Offered:
             return {key: self.inside(value) for key, value in said.items()}
         return [self.inside(each) for each in said] if isinstance(said, list | tuple) else said
 
-    def _lying(self) -> Iterator[tuple[Path, shelf.Entry, Path]]:
+    def _lying(self) -> Iterator[tuple[Path, shelf.Entry, shelf.Shelf]]:
         seen: set[Path] = set()
         if self._home is None:
-            root = self._usual_path.resolve().parent
-            entry = shelf.Shelf(root).look(self._usual_path.resolve())
+            beside = shelf.Shelf(self._usual_path.resolve().parent)
+            entry = beside.look(self._usual_path.resolve())
             seen.add(entry.path)
-            yield self._usual_path, entry, root
+            yield self._usual_path, entry, beside
         for each in (self._home, self._shelf):
             for entry in each.entries() if each is not None else ():
                 if entry.path not in seen:
                     seen.add(entry.path)
-                    yield entry.path, entry, each.root  # type: ignore[union-attr]  # it has entries
+                    yield entry.path, entry, each  # type: ignore[misc]  # it has entries
 
-    def _entry(self, path: Path, entry: shelf.Entry, root: Path) -> Entry:
+    def _entry(self, path: Path, entry: shelf.Entry, home: shelf.Shelf) -> Entry:
         prefix = entry.kind.partition("/")[0]
         kind = self._draws.get(entry.kind)
         parts = () if kind is None else [part.name for part in kind.parts]
@@ -178,9 +178,10 @@ class Offered:
             sort=sort,
             kind=entry.kind,
             title=entry.title,
-            file=os.path.relpath(entry.path, root),
+            file=os.path.relpath(entry.path, home.root),
             size=entry.size,
             licence=self._licence(path) if sort == "model" else "",
+            sha256=home.known_sha256(entry),
         )
 
     def _licence(self, path: Path) -> str:

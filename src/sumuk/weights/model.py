@@ -18,9 +18,10 @@ from sumuk.diffusion.prediction import PREDICTIONS, Prediction
 from sumuk.diffusion.schedule import Discrete, Schedule
 from sumuk.families.family import FAMILIES, Defaults, Facts, Family, Kind, Latent
 from sumuk.families.reading import Reading
-from sumuk.files.hashes import Hashes, hashes
+from sumuk.files.hashes import Hashes
 from sumuk.nets.effnet import effnet_pixels
 from sumuk.weights.found import Found, Told
+from sumuk.weights.remembered import usual_index
 
 if TYPE_CHECKING:
     from sumuk.weights.embedding import Embedding
@@ -42,8 +43,8 @@ class WeightFile:
 
     @cached_property
     def hashes(self) -> Hashes:
-        """Its hashes; read when first asked for."""
-        return hashes(self.path)
+        """Its hashes; read when first asked for, and remembered."""
+        return usual_index().hashes(self.path)
 
     @property
     def sha256(self) -> str:

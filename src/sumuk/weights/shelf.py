@@ -1,34 +1,24 @@
 """A folder of model files as a shelf: what lies on it, found by name or by hash, looked at once.
 
-What a file is and its hashes are kept in an index (SQLite, under the user's cache folder) together with the file's
-size, inode and time of change; whatever differs from these is looked at anew. The index is a convenience: if it is
-damaged or cannot be written, everything works without it, only slower.
+What a file is and its hashes are remembered (:mod:`~sumuk.weights.remembered`).
 
 Nothing outside the folder is ever named: a link that leads out of it is told of and passed over.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from sumuk.base.errors import BadInput, MissingFile, SumukError, nearest
-from sumuk.files.hashes import Hashes, Progress, hashes
-from sumuk.files.safetensors import stamp
+from sumuk.files.hashes import Hashes, Progress
 from sumuk.weights import inspect
+from sumuk.weights.remembered import Index, state, usual_index
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 MOST_FILES = 100_000
-VERSION = 1
-"""Of the index: raised when recognition learns something new, so that files are looked at again."""
-TABLE = """
-CREATE TABLE IF NOT EXISTS files (path TEXT, kind TEXT, stamp TEXT, said TEXT, PRIMARY KEY (path, kind))
-"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class Shelf:
         if not self.root.is_dir():
             raise MissingFile(f"no folder {str(root)!r} to look for models in")
         self.skipped: list[tuple[Path, str]] = []
-        self._index = _Index(index or _usual_index())
+        self._index = usual_index() if index is None else Index(index)
 
     def entries(self, progress: Progress | None = None) -> list[Entry]:
         """Everything on the shelf, by name; told of each file by number and count.
@@ -127,13 +117,12 @@ class Shelf:
 
     def hashes(self, entry: Entry, progress: Progress | None = None) -> Hashes:
         """The hashes of a file, read whole once and remembered."""
-        before = stamp(entry.path)
-        known = self._index.hashes(entry.path, before)
-        if known is None:
-            known = hashes(entry.path, progress)
-            if stamp(entry.path) == before:
-                self._index.remember(entry.path, before, hashed=known)
-        return known
+        return self._index.hashes(entry.path, progress)
+
+    def known_sha256(self, entry: Entry) -> str | None:
+        """A file's SHA-256 if it was read before; None: not yet, or a folder."""
+        known = self._index.hashed(entry.path, state(entry.path))
+        return None if known is None else known.sha256
 
     def _inner(self, entry: Entry) -> str:
         return entry.path.relative_to(self.root).with_name(entry.name).as_posix()
@@ -141,7 +130,7 @@ class Shelf:
     def look(self, path: Path) -> Entry:
         """One model on the shelf, by its path."""
         file = path / "model_index.json" if path.is_dir() else path
-        before = stamp(file)
+        before = state(file)
         told = self._index.told(file, before)
         if told is None:
             try:
@@ -150,7 +139,7 @@ class Shelf:
                 told = key, found.title or f"unknown: {found.unknown}"
             except SumukError as error:
                 told = "", f"cannot be read: {error}"
-            self._index.remember(file, before, told=told)
+            self._index.tell(file, before, *told)
         size = (
             sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
             if path.is_dir()
@@ -193,70 +182,3 @@ class Shelf:
             self.skipped.append((path, "is no regular file"))
             return False
         return True
-
-
-def _usual_index() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "sumuk" / f"shelf-{VERSION}.sqlite3"
-
-
-class _Index:
-    """What is remembered of files, as long as they stay what they were."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def told(self, path: Path, now: tuple[int, ...]) -> tuple[str, str] | None:
-        said = self._read("told", path, now)
-        match said:
-            case [str(kind), str(title)]:
-                return kind, title
-        return None
-
-    def hashes(self, path: Path, now: tuple[int, ...]) -> Hashes | None:
-        said = self._read("hashed", path, now)
-        with suppress(TypeError):
-            return Hashes(**said) if isinstance(said, dict) else None
-        return None
-
-    def remember(
-        self,
-        path: Path,
-        now: tuple[int, ...],
-        *,
-        told: tuple[str, str] | None = None,
-        hashed: Hashes | None = None,
-    ) -> None:
-        """Keep what was found; an index that cannot be written is passed over."""
-        kind, said = (
-            ("told", list(told)) if told is not None else ("hashed", asdict(hashed) if hashed else None)
-        )
-        with suppress(sqlite3.Error, OSError), closing(self._open()) as base, base:
-            base.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
-                (str(path), kind, json.dumps(now), json.dumps(said)),
-            )
-
-    def _read(self, kind: str, path: Path, now: tuple[int, ...]) -> object:
-        if not self.path.is_file():
-            return None
-        try:
-            with closing(self._open()) as base:
-                row = base.execute(
-                    "SELECT stamp, said FROM files WHERE path = ? AND kind = ?", (str(path), kind)
-                ).fetchone()
-            return json.loads(row[1]) if row and json.loads(row[0]) == list(now) else None
-        except (sqlite3.Error, OSError, ValueError):
-            return None
-
-    def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        base = sqlite3.connect(self.path, timeout=5)
-        try:
-            base.execute(TABLE)
-        except sqlite3.DatabaseError as error:
-            base.close()
-            if not isinstance(error, sqlite3.OperationalError):  # damaged, not only busy: begin a new one
-                self.path.unlink(missing_ok=True)
-            raise
-        return base
