@@ -45,6 +45,7 @@ from sumuk.nets.cascade_shape import (
     read_c,
 )
 from sumuk.nets.layers import zero
+from sumuk.nets.unfilled import unfilled
 
 TIME_SCALE = 10_000.0
 """What a time in [0, 1] is multiplied by before its sinusoidal features are taken; their longest period as well."""
@@ -381,7 +382,7 @@ def stage_b_shape(shapes: Shapes) -> StageBShape:
 
 
 def _explain(kind: Callable[[Any], nn.Module], shape: CascadeShape, shapes: Shapes) -> None:
-    with torch.device("meta"):
+    with unfilled():
         expected = {key: tuple(tensor.shape) for key, tensor in kind(shape).state_dict().items()}
     for key, wanted in expected.items():
         if key not in shapes:

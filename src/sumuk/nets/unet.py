@@ -27,6 +27,7 @@ from sumuk.base.errors import BadFile, BadInput
 from sumuk.nets.attention import SpatialTransformer
 from sumuk.nets.header import missing, reader
 from sumuk.nets.layers import GROUPS, Downsample, ResBlock, Upsample, group_norm, timestep_embedding, zero
+from sumuk.nets.unfilled import unfilled
 
 _size = reader("such U-Net", "unet")
 
@@ -308,7 +309,7 @@ def unet_shape(
         BadInput: not exactly one of ``heads`` and ``head_channels`` is given.
     """
     shape = encoder_shape(shapes, heads=heads, head_channels=head_channels, out_key="out.2.weight")
-    with torch.device("meta"):
+    with unfilled():
         expected = {key: tuple(tensor.shape) for key, tensor in UNet(shape).state_dict().items()}
     for key, wanted in expected.items():
         if key not in shapes:

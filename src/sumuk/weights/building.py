@@ -20,6 +20,7 @@ from sumuk.files import layout
 from sumuk.files.gaps import gaps
 from sumuk.files.tensors import Lazy, Shape, Tensors
 from sumuk.nets.packed import pack, packable, packed_weights
+from sumuk.nets.unfilled import unfilled
 from sumuk.weights.inspect import Opened
 
 Place = str | os.PathLike[str]
@@ -29,7 +30,7 @@ def build(part: Part, tensors: Tensors, origin: Opened) -> nn.Module:
     """The network without numbers, each of its names and shapes checked against the file's."""
     where = origin.source.path
     try:
-        with torch.device("meta"):
+        with unfilled():
             network = part.build({name: tensor.shape for name, tensor in tensors.items()})
     except (BadFile, BadInput) as error:
         _refuse_gaps(part, origin)

@@ -17,6 +17,7 @@ from sumuk.families.family import Kind, Shapes
 from sumuk.nets.control_lora import control_lora, from_difference
 from sumuk.nets.controlnet import ControlNet, controlnet_shape
 from sumuk.nets.packed import shapes, value
+from sumuk.nets.unfilled import unfilled
 from sumuk.weights import inspect
 from sumuk.weights.building import Place, build, fill, refuse_leftovers
 from sumuk.weights.model import Control, Model, WeightFile
@@ -68,7 +69,7 @@ def _whole(state: dict[str, torch.Tensor], model: Model) -> ControlNet:
     shapes: Shapes = {name: tuple(value.shape) for name, value in state.items()}
     shape = model.denoiser.shape
     heads: dict[str, Any] = {"heads": shape.heads} if shape.heads else {"head_channels": shape.head_channels}
-    with torch.device("meta"):
+    with unfilled():
         network = ControlNet(controlnet_shape(shapes, **heads))
     placed = {name: value.to(model.device, model.dtype) for name, value in state.items()}
     network.load_state_dict(placed, strict=True, assign=True)

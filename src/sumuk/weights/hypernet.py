@@ -28,6 +28,7 @@ from sumuk.files.layout import some
 from sumuk.files.safetensors import read_header, regular
 from sumuk.files.tensors import Tensors, from_header, write
 from sumuk.nets.hypernet import HypernetShape, Hypernetwork
+from sumuk.nets.unfilled import unfilled
 from sumuk.weights.licences import said_in
 from sumuk.weights.model import WeightFile
 from sumuk.weights.source import PICKLES
@@ -174,7 +175,7 @@ def _numbers(path: Path, key: str, said: object) -> tuple[float, ...]:
 
 def _filled(path: Path, shape: HypernetShape, tensors: Tensors) -> Hypernetwork:
     """The network without numbers first, each name and shape checked, then filled."""
-    with torch.device("meta"):
+    with unfilled():
         network = Hypernetwork(shape)
     expected = {name: tuple(each.shape) for name, each in network.state_dict().items()}
     built = f"layers {list(shape.layers)}, {shape.activation}{', with norms' if shape.norm else ''}"
