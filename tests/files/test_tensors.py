@@ -219,3 +219,25 @@ def test_metadata_of_a_written_file_is_valid_json(tmp_path: Path) -> None:
     content = (tmp_path / "w.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     assert json.loads(content[8 : 8 + length])["__metadata__"] == {"quote": 'a "b"\n'}
+
+
+def test_a_large_file_is_written_past_the_cache_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = {"a": torch.randn(3000, 1000), "b": torch.ones(7, dtype=torch.bool), "c": torch.randn(0)}
+    write(
+        tmp_path / "small.safetensors",
+        some,
+        {"x": "0" * 66, "y": "later"},
+        digest="x",
+        settle=lambda: {"y": "late"},
+    )
+    monkeypatch.setattr("sumuk.files.tensors.HUGE", 0)
+    write(
+        tmp_path / "large.safetensors",
+        some,
+        {"x": "0" * 66, "y": "later"},
+        digest="x",
+        settle=lambda: {"y": "late"},
+    )
+    assert (tmp_path / "large.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()

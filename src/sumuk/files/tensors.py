@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sumuk.base.errors import BadFile, BadInput
 from sumuk.files.atomic import replacing
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sumuk.files.direct import Sink
     from sumuk.files.metered import Meter
 
 Shape = tuple[int, ...]
 PIECE = 1 << 24
 """Bytes between two reports of a file that is written."""
 EMPTY = "0x" + "0" * 64
+HUGE = 1 << 30
+"""Bytes from which on a file is written past the system's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,20 +183,30 @@ def write(
     header = _header(entries, order, texts)
     sums = hashlib.sha256()
     with replacing(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        sink = _sink(file) if size(entries) >= HUGE else None
+        out = file if sink is None else sink
+        out.write(len(header).to_bytes(8, "little") + header)
         for name in order:
             for piece in _pieces(name, entries[name]):
-                file.write(piece)
+                out.write(piece)
                 if digest:
                     sums.update(piece)
                 if meter is not None:
                     meter.add(len(piece))
+        if sink is not None:
+            sink.end()
         late = ({digest: f"0x{sums.hexdigest()}"} if digest else {}) | dict(settle() if settle else {})
         if late:
             again = _header(entries, order, texts | late)
             assert len(again) <= len(header)
             file.seek(8)
             file.write(again.ljust(len(header)))
+
+
+def _sink(file: BinaryIO) -> Sink:
+    from sumuk.files.direct import Sink  # with numpy, which looking at names can do without
+
+    return Sink(file)
 
 
 def _header(tensors: Mapping[str, Lazy], order: list[str], texts: Mapping[str, str]) -> bytes:

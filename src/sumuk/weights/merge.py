@@ -15,10 +15,8 @@ was made of, with the hashes of its parents, so that it can be made again and ch
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import random
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +27,11 @@ import torch
 
 from sumuk.base.errors import BadFile, BadInput, nearest
 from sumuk.families.detect import Match
+from sumuk.files.direct import Source, Sum
 from sumuk.files.hashes import Progress
 from sumuk.files.layout import some
 from sumuk.files.metered import Meter
-from sumuk.files.streaming import Front, ahead, unmapped
+from sumuk.files.streaming import ahead, unmapped
 from sumuk.files.streaming import written as in_order
 from sumuk.files.tensors import Lazy, length, size
 from sumuk.weights.contents import Contents, of_opened
@@ -48,8 +47,6 @@ __all__ = ["Merged", "Parent", "Recipe", "Verified", "merge", "parse", "recipe_o
 Place = str | os.PathLike[str]
 STALE = ("modelspec.date", "modelspec.thumbnail", "modelspec.title", "sumuk.merge", A1111, "sd_merge_models")
 """Metadata of the first model that would be untrue of a result."""
-_RELEASED = 64 << 20
-"""Bytes that are let go at once."""
 SAMPLE = 64
 """Tensors that :func:`verify` makes again by default."""
 
@@ -204,7 +201,7 @@ def verify(
     meter = Meter(
         progress, sum(map(_on_disk, inputs)) + made.surveyed + sum(length(wanted[name]) for name in names)
     )
-    _hashed(recipe, inputs, meter)
+    _hashed(recipe, inputs, _sums(inputs, meter))
     made.survey(meter.add)
     arrangement = opened.answer.arrangement
     away = (
@@ -221,9 +218,9 @@ def verify(
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _opened(path: Path, front: Front | None = None) -> Opened:
+def _opened(path: Path, sums: Mapping[Path, Sum] | None = None) -> Opened:
     source = read(path)
-    return recognise(replace(source, tensors=unmapped(source.tensors, front)))
+    return recognise(replace(source, tensors=unmapped(source.tensors, sums)))
 
 
 def _on_disk(opened: Opened) -> int:
@@ -247,59 +244,16 @@ def _names(places: Sequence[Place]) -> list[str]:
     ]
 
 
-class _Pace:
-    """How far hashing may go: it reads again what the merge has just read, while that is in memory.
-
-    What both have read is let go, so that many gigabytes neither drive all else out of the system's cache nor
-    wait for memory that has yet to be found for them.
-
-    Args:
-        written: bytes of the result.
-        front: how far the merge has read each file.
-    """
-
-    def __init__(self, written: Meter, front: Front) -> None:
-        self.written, self.front = written, front
-        self.follow, self.stop = threading.Event(), threading.Event()
-
-    def wait(self, at: int, size: int) -> bool:
-        """Wait until a file may be read beyond ``at`` of its bytes; whether it is to be read at all."""
-        while self.follow.is_set() and at * self.written.total > self.written.done * size:
-            if self.stop.wait(0.005):
-                break
-        return not self.stop.is_set()
-
-    def release(self, path: Path, handle: int, begin: int, at: int) -> int:
-        """Let go of a file's pages from ``begin`` to what both have read; returns where that ends."""
-        end = min(at, self.front.of(path))
-        if end - begin < _RELEASED or not hasattr(os, "posix_fadvise"):
-            return begin
-        os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_DONTNEED)
-        return end // mmap.PAGESIZE * mmap.PAGESIZE
-
-
-def _hashed(recipe: Recipe, inputs: Sequence[Opened], meter: Meter, pace: _Pace | None = None) -> Recipe:
-    """The recipe with the hash of every model; two files are read at a time, until it is given up."""
-
-    def digest(path: Path) -> str:
-        # Not hashes(), which sums the tensors a second time for a name that nobody asks for here.
-        sums, piece, at, gone = hashlib.sha256(), memoryview(bytearray(1 << 22)), 0, 0
-        with path.open("rb", buffering=0) as file:
-            whole = os.fstat(file.fileno()).st_size
-            while (pace is None or pace.wait(at, whole)) and (count := file.readinto(piece)):
-                sums.update(piece[:count])
-                at += count
-                if pace is not None:
-                    gone = pace.release(path, file.fileno(), gone, at)
-                meter.add(count)
-        return sums.hexdigest()
-
+def _sums(inputs: Sequence[Opened], meter: Meter) -> dict[Path, Sum]:
+    """The sum of each file, nothing of which is hashed yet."""
     files = dict.fromkeys(file for each in inputs for file in each.source.files)
+    return {file: Sum(Source(file), meter.add) for file in files}
+
+
+def _hashed(recipe: Recipe, inputs: Sequence[Opened], sums: Mapping[Path, Sum]) -> Recipe:
+    """The recipe with the hash of every model; what was not hashed before is read, two files at a time."""
     with ThreadPoolExecutor(2, thread_name_prefix="hash") as pool:
-        try:
-            found = dict(zip(files, pool.map(digest, files), strict=True))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        found = dict(zip(sums, pool.map(Sum.hexdigest, sums.values()), strict=True))
     models = []
     for model, each in zip(recipe.models, inputs, strict=True):
         path = each.source.path
@@ -334,8 +288,8 @@ def _root(path: Path) -> Path:
 
 
 def _make(recipe: Recipe, places: Sequence[Path], out: Path, progress: Progress | None) -> Merged:
-    front = Front()
-    inputs = [_opened(place, front) for place in places]
+    sums: dict[Path, Sum] = {}
+    inputs = [_opened(place, sums) for place in places]
     if any(
         out.exists() and out.samefile(file)
         for each in inputs
@@ -353,38 +307,31 @@ def _make(recipe: Recipe, places: Sequence[Path], out: Path, progress: Progress 
     meter = Meter(progress, sum(map(_on_disk, inputs)) + made.surveyed + size(arranged.tensors))
     made.survey(meter.add)
     out.parent.mkdir(parents=True, exist_ok=True)
-    written = Meter(meter.reading(), size(arranged.tensors))
-    pace = _Pace(written, front)
+    sums |= _sums(inputs, meter)
 
     def told(known: Recipe) -> dict[str, str]:
         parents = {m.sha256 or "": each.source.metadata for m, each in zip(known.models, inputs, strict=True)}
         title = " + ".join(Path(m.name).stem for m in known.models)
         return metadata_of(known, parents) | {"modelspec.title": title}
 
-    with ThreadPoolExecutor(1, thread_name_prefix="hashes") as beside:
-        single = layout not in DIFFUSERS
-        checked = any(model.sha256 for model in recipe.models)
-        if single and not checked:
-            pace.follow.set()
-        hashing = beside.submit(_hashed, recipe, inputs, meter, pace)
+    # A folder's texts are written first, and a recipe's models are checked before anything is. But a file's header
+    # keeps room for hashes, which come about while its parents are read.
+    single = layout not in DIFFUSERS
+    if not single or any(model.sha256 for model in recipe.models):
+        recipe = _hashed(recipe, inputs, sums)
 
-        def settled() -> dict[str, str]:
-            pace.follow.clear()  # all is written
-            return told(hashing.result())
+    def settled() -> dict[str, str]:
+        return told(_hashed(recipe, inputs, sums))
 
-        try:
-            # A folder's texts are written first. A file's header keeps room for hashes, which are worked out meanwhile.
-            if checked:
-                hashing.result()  # a recipe's models are checked before anything is written
-            texts = told(_unhashed(recipe) if single else hashing.result())
-            with ahead(
-                arranged.tensors, _order(arranged), lambda name: _weight(made, arranged, name)
-            ) as ready:
-                settle = settled if single else None
-                store(replace(arranged, tensors=ready), out, metadata=texts, settle=settle, meter=written)
-            recipe = hashing.result()
-        finally:
-            pace.stop.set()
+    with ahead(arranged.tensors, _order(arranged), lambda name: _weight(made, arranged, name)) as ready:
+        store(
+            replace(arranged, tensors=ready),
+            out,
+            metadata=told(_unhashed(recipe) if single else recipe),
+            settle=settled if single else None,
+            meter=meter,
+        )
+    recipe = _hashed(recipe, inputs, sums)
     counts = (len(made.mixed), len(made.kept), len(made.lone))
     return Merged(out, recipe, contents.kind.key, *counts, tuple(_notes(made, contents, arranged)))
 

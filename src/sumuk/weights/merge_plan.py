@@ -19,8 +19,8 @@ from torch import Tensor
 from sumuk.base.errors import BadFile, BadInput, nearest
 from sumuk.families.detect import Unknown
 from sumuk.families.family import Family
+from sumuk.files.direct import Memory
 from sumuk.files.layout import some
-from sumuk.files.streaming import blank
 from sumuk.files.tensors import Lazy, Tensors, length, torch_dtype
 from sumuk.weights.blocks import Blocks, Rates
 from sumuk.weights.building import check_config, refuse_leftovers
@@ -32,9 +32,9 @@ INPUTS = ("denoiser.input_blocks.0.0.weight", "denoiser.img_in.weight", "denoise
 """Where a network takes its channels; models of one family differ here by what is laid beside the latent."""
 ALONE = ("denoiser.guidance_in.",)
 """What some models of a family lack by design: FLUX.1 schnell is told no guidance."""
-PIECE = 1 << 15
-"""Numbers merged at a time where each stands for itself: all that they become stays in the processor's cache, and torch
-works on no more than these in the thread that asks (beyond, it would share them among threads that are busy)."""
+PIECE = 1 << 18
+"""Numbers merged at a time where each stands for itself: all that they become stays in the processor's cache, and they
+are enough that the calls themselves cost little."""
 _PARTS = ("denoiser", "text", "vae")
 
 
@@ -346,6 +346,7 @@ class _Mixer:
     def __init__(self, method: Method, values: Values, told: Told) -> None:
         self.method, self.values, self.told = method, values, told
         self.own = threading.local()
+        self.memory = Memory()
 
     def survey(self, groups: Sequence[Sequence[Lazy]], told: Callable[[int], None]) -> None:
         """Look at all tensors for what the method must know of the whole model."""
@@ -373,7 +374,7 @@ class _Mixer:
         return torch.cat([made, first[:, channels:].to(made.dtype)], 1)
 
     def _mix(self, name: str, models: Sequence[Tensor], rate: float, dtype: str) -> Tensor:
-        out = blank(models[0].shape, _TYPES[dtype])
+        out = self._blank(models[0].shape, _TYPES[dtype])
         limit = torch.finfo(out.dtype).max
         pieces = [each.reshape(-1).split(PIECE) for each in models] if self.method.elementwise else None
         low = high = 0.0
@@ -396,6 +397,12 @@ class _Mixer:
         elif max(-low, high) > limit:
             raise _too_large(name, max(-low, high), dtype)
         return out
+
+    def _blank(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor to be filled, in memory that the last ones have left."""
+        if not (count := math.prod(shape)):
+            return torch.empty(tuple(shape), dtype=dtype)
+        return torch.from_numpy(self.memory.take(count * dtype.itemsize)).view(dtype).reshape(tuple(shape))
 
     def _widened(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """As :func:`_wide`, into memory that each thread has once: to ask for new would cost more than the sums."""
