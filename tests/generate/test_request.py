@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -12,7 +13,17 @@ from pydantic import ValidationError
 from tests.generate.conftest import refusal
 
 from sumuk.base.errors import BadInput, MissingFile, SumukError
-from sumuk.generate.request import MOST_PIXELS, Hires, Request, image_digest, make_request, read_image
+from sumuk.generate.request import (
+    MOST_PIXELS,
+    PICTURES,
+    Hires,
+    Request,
+    Steer,
+    image_digest,
+    make_request,
+    places,
+    read_image,
+)
 
 PICTURE = Image.new("RGB", (64, 64), "red")
 MASK = Image.new("L", (64, 64), 255)
@@ -243,3 +254,32 @@ def test_digests_tell_pictures_apart():
         Image.new("RGB", (64, 64), (254, 0, 0)), Image.new("RGB", (32, 128), "red"), Image.new("L", (192, 64), 0),
     ]  # fmt: skip
     assert len({image_digest(each) for each in (PICTURE, *others)}) == 4
+
+
+def fields_with_pictures(kind: type) -> set[str]:
+    return {
+        name
+        for name, hint in get_type_hints(kind).items()
+        if Image.Image in getattr(hint, "__args__", (hint,))
+    }
+
+
+def test_every_field_that_holds_a_picture_is_known() -> None:
+    """One that is forgotten would open a file of a server by the name that a caller gives."""
+    assert fields_with_pictures(Request) == set(PICTURES)
+    assert fields_with_pictures(Steer) == {"hint"}
+
+
+def test_where_pictures_stand() -> None:
+    values = {"init": b"1", "mask": None, "steer": [{"control": "a"}, "odd", {"control": "b", "hint": b"2"}]}
+    found = {called: holder[key] for holder, key, called in places(values)}
+    assert found == {"init": b"1", "steer.2.hint": b"2"}
+    assert not [*places({"steer": 7})]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"label": 2**31}, {"original": (0, 8)}, {"original": (10**400, 8)}, {"crop": (0, 65_537)}]
+)
+def test_numbers_that_no_model_can_take(wrong: dict[str, object]) -> None:
+    with pytest.raises(BadInput, match=next(iter(wrong))):
+        make_request(prompt="a fox", **wrong)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,13 @@ def shelf(folder: Path, *names: str) -> Path:
     return folder
 
 
+def until(happens: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 30
+    while not happens():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
 def here(room: Room) -> list[str]:
     return [key[0] for key in room.residents.here]
 
@@ -89,6 +98,28 @@ def test_a_model_at_work_is_not_let_go(tmp_path: Path):
     assert not came.wait(0.3) and here(room) == ["one"]
     list(busy.engine.events())
     assert came.wait(60) and here(room) == ["miniature"]
+
+
+def test_a_model_that_is_always_asked_for_makes_room_too(tmp_path: Path):
+    """Else whoever waits for another model would wait for as long as one order follows the other."""
+    size = residents.needs(MINIATURE, ServeConfig())
+    room = Room(shelf=shelf(tmp_path / "shelf", "one"), memory=int(1.5 * size))
+    busy = room.bring("one")
+    busy.engine.submit(Request(prompt="a fox", steps=2))
+    came, again = threading.Event(), threading.Event()
+    room.residents.want(("miniature", None, None), lambda found: came.set())
+    until(lambda: room.residents.get(busy.key) is None)  # no order is begun with it any more
+    room.residents.want(busy.key, lambda found: again.set())
+    list(busy.engine.events())
+    assert came.wait(60) and again.wait(60), "the next takes its place in turn"
+    assert here(room) == ["one"] and room.residents.get(busy.key) is not None
+
+
+def test_parts_that_are_given_need_room_too(tmp_path: Path):
+    size = residents.needs(MINIATURE, ServeConfig())
+    room = Room(memory=int(1.5 * size), parts={"vae": MINIATURE})
+    with pytest.raises(OutOfMemory):
+        room.bring()
 
 
 def test_a_model_that_can_never_fit_is_told_at_once(tmp_path: Path):

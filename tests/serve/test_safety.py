@@ -165,7 +165,7 @@ def test_it_sees_what_people_see(pictures: Stages) -> None:
         ({"init": ALARMING}, "init"),
         ({"hint": ALARMING}, "hint"),
         ({"like": ALARMING}, "like"),
-        ({"steer": [{"control": "a", "hint": HARMLESS}, {"control": "b", "hint": ALARMING}]}, "steer 2 hint"),
+        ({"steer": [{"control": "a", "hint": HARMLESS}, {"control": "b", "hint": ALARMING}]}, "steer.1.hint"),
         ({"init": HARMLESS, "mask": ALARMING}, None),
         ({"init": HARMLESS, "like": None, "steer": ()}, None),
     ],

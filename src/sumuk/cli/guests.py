@@ -10,12 +10,12 @@ from typing import Any
 from sumuk.base.errors import BadInput, MissingFile
 from sumuk.generate.api import MINIATURE
 from sumuk.generate.prompt import parse
+from sumuk.generate.tags import may_name
 from sumuk.weights.model import WeightFile
 from sumuk.weights.shelf import Shelf
 
 KINDS = {"lora": "lora/", "hypernet": "hypernetwork/", "embedding": "textual-inversion/"}
 """What prompts and receipts call adapters -> beginnings of their kinds on a shelf."""
-TAGS = {"lora": "lora", "lyco": "lora", "hypernet": "hypernet"}
 VAE_ENDINGS = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
 
 
@@ -64,15 +64,15 @@ def guests(
         MissingFile: no such file.
     """
     found = Guests()
-    tags = {(TAGS[tag.kind], tag.name) for tag in parse(prompt).tags if tag.kind in TAGS}
-    text = f"{prompt}\n{negative}".lower()
+    tags = {(tag.sort, tag.name) for tag in parse(prompt).tags if tag.sort}
+    text = f"{prompt}\n{negative}"
     for sort, options in said.items():
         for each in options or ():
             name, path, values = _option(sort, each)
             if name in found.files[sort]:
                 raise BadInput(f"the {sort} {name!r} is given twice: {found.files[sort][name]} and {path}")
             found.files[sort][name] = path
-            if sort == "embedding" and name.lower() not in text:
+            if sort == "embedding" and not may_name(text, name):
                 raise BadInput(f"the embedding {name!r} does nothing, as the prompt does not name it")
             if values and (sort == "embedding" or (sort, name) in tags):
                 where = "(name:1.2)" if sort == "embedding" else f"<{sort}:{name}:...>"
@@ -115,7 +115,7 @@ def _on_shelf(
         if name not in given[sort]:
             yield sort, name, shelf.find(name, [KINDS[sort]]).path
     for entry in shelf.entries():
-        if entry.kind.startswith(KINDS["embedding"]) and entry.name.lower() in text:
+        if entry.kind.startswith(KINDS["embedding"]) and may_name(text, entry.name):
             yield "embedding", entry.name, entry.path
 
 

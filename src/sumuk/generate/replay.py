@@ -14,7 +14,7 @@ from sumuk.base.errors import BadFile, BadInput
 from sumuk.generate.api import generate
 from sumuk.generate.engine import Failed, Finished
 from sumuk.generate.receipt import NUMERICS, processor
-from sumuk.generate.request import Request, image_digest, make_request, read_image
+from sumuk.generate.request import PICTURES, Request, image_digest, make_request, read_image
 from sumuk.weights.model import Model
 
 TOLERANCE = 2
@@ -38,10 +38,6 @@ class Verdict:
     psnr: float
     reasons: tuple[str, ...]
     picture: Image.Image
-
-
-PICTURES = ("init", "mask", "hint", "like")
-"""Fields of a request that are pictures: a receipt has their digests only."""
 
 
 def request_of(receipt: dict[str, Any], pictures: Mapping[str, Image.Image | None]) -> Request:

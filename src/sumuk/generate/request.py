@@ -10,9 +10,9 @@ import hashlib
 import io
 import reprlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,7 +24,6 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PlainSerializer,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -36,6 +35,8 @@ MOST_PIXELS = 4096 * 4096
 MOST_BYTES = 256 * 2**20
 """Of a picture's file."""
 FORMATS = ("PNG", "JPEG", "WEBP")
+PICTURES = ("init", "mask", "hint", "like")
+"""Fields of a request that are pictures; each of ``steer`` has a ``hint`` besides."""
 SEEDS = 2**64
 
 
@@ -125,6 +126,17 @@ def _plain(image: Image.Image) -> Image.Image:
     return plain
 
 
+def places(values: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Where pictures stand in a request's values: the dictionary, the key in it, and how to call the place."""
+    for name in PICTURES:
+        if values.get(name) is not None:
+            yield cast("dict[str, Any]", values), name, name
+    steer = values.get("steer")
+    for number, each in enumerate(steer if isinstance(steer, list | tuple) else ()):
+        if isinstance(each, dict) and each.get("hint") is not None:
+            yield each, "hint", f"steer.{number}.hint"
+
+
 def image_digest(image: Image.Image) -> str:
     """SHA-256 over mode, size and pixels: two files with the same picture have the same digest."""
     head = f"{image.mode} {image.width}x{image.height}\n".encode()
@@ -147,6 +159,8 @@ Picture = Annotated[Image.Image, BeforeValidator(read_image), PlainSerializer(_d
 Text = Annotated[str, AfterValidator(_unicode)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
+Side = Annotated[int, Field(ge=1, le=65_536)]
+Offset = Annotated[int, Field(ge=0, le=65_536)]
 
 
 class _Value(BaseModel):
@@ -274,11 +288,11 @@ class Request(_Value):
     count: int = Field(default=1, ge=1, le=64)
     clip_skip: int = Field(default=1, ge=1, le=12)
     """1 takes the text tower's last layer, 2 the one before it."""
-    label: int | None = Field(default=None, ge=0)
+    label: int | None = Field(default=None, ge=0, lt=2**31)
     """Class number, for models that draw classes instead of prompts."""
-    original: tuple[PositiveInt, PositiveInt] | None = None
+    original: tuple[Side, Side] | None = None
     """Width and height that SDXL is told its training picture had; None: those of the picture."""
-    crop: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    crop: tuple[Offset, Offset] | None = None
     """Left and top that SDXL is told were cut away; None: nothing."""
     decoder_steps: int | None = Field(default=None, ge=1, le=1000)
     """Steps of the second stage, for models that have one (Stable Cascade)."""

@@ -17,6 +17,9 @@ MOST_TAGS = 256
 LONGEST_NUMBER = 32
 """Characters of a number."""
 
+SORTS = {"lora": "lora", "lyco": "lora", "hypernet": "hypernet"}
+"""Kind of a tag -> what it names."""
+
 _TAG = re.compile(r"<(\w++):([^>]++)>")
 
 
@@ -36,6 +39,16 @@ class Tag:
     weights: tuple[tuple[str, float], ...] = ()
     blocks: str = ""
     place: int = field(default=1, compare=False)
+
+    @property
+    def sort(self) -> str:
+        """``lora`` or ``hypernet``; empty: no kind of extra network."""
+        return SORTS.get(self.kind, "")
+
+
+def may_name(text: str, embedding: str) -> bool:
+    """Whether a text may name an embedding, so that it has to be there; its tokens tell whether it does."""
+    return embedding.lower() in text.lower()
 
 
 def take_tags(text: str) -> tuple[str, tuple[Tag, ...], Callable[[int], int]]:

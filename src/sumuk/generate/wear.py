@@ -17,7 +17,7 @@ from typing import Any
 from sumuk.base.errors import BadInput, nearest
 from sumuk.generate.prompt import Prompt
 from sumuk.generate.request import Hyper, Request, Wear
-from sumuk.generate.tags import Tag
+from sumuk.generate.tags import SORTS, Tag
 from sumuk.nets.hypernet import with_hypernets
 from sumuk.nets.patched import Thin, with_parameters, with_thin
 from sumuk.weights.hypernet import Hypernet
@@ -116,12 +116,12 @@ def wardrobe(request: Request, prompt: Prompt, negative: Prompt, model: Model) -
         )
     loras, hypers = [*request.loras], [*request.hypers]
     for tag in prompt.tags:
-        if tag.kind in ("lora", "lyco"):
+        if tag.sort == "lora":
             loras.append(_lora(tag))
-        elif tag.kind == "hypernet":
+        elif tag.sort == "hypernet":
             hypers.append(_hyper(tag))
         else:
-            hint = nearest(tag.kind, ("lora", "lyco", "hypernet"))
+            hint = nearest(tag.kind, SORTS)
             raise BadInput(f"<{tag.kind}:{tag.name}> is no kind of extra network{hint}")
     _check(loras, model.loras, "LoRA")
     _check(hypers, model.hypernets, "hypernetwork")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from sumuk.generate.infotext import parse_infotext
 from sumuk.serve.a1111_names import UPSCALERS
 from sumuk.serve.a1111_pictures import by_hand, enlarged, opened, png_of
 from sumuk.serve.a1111_schema import Enlarging, OfPicture, OnePicture, SomePictures, body_of
-from sumuk.serve.calls import desk_of, picture_of
+from sumuk.serve.calls import desk_of, picture_of, unpacked
 from sumuk.serve.dropped import png_texts
 from sumuk.serve.trouble import refused
 
@@ -54,11 +53,7 @@ async def png_info(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts(picture: str) -> dict[str, str]:
-    try:
-        png = base64.b64decode("".join(picture.rpartition("base64,")[2].split()), validate=True)
-    except (ValueError, binascii.Error):
-        raise refused("bad-picture", "image is no base64") from None
-    return png_texts(png)
+    return png_texts(unpacked(picture, "image"))
 
 
 @router.post("/sdapi/v1/interrogate")

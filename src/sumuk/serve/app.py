@@ -84,6 +84,10 @@ def make_app(config: ServeConfig, backend: Backend | None = None) -> FastAPI:
 
         app = page.mount(app, desk)
     else:
+        if config.page:
+            log.warning(
+                "gradio is not installed, so there is no page; install it with: pip install 'sumuk[ui]'"
+            )
         app.get("/", include_in_schema=False)(lambda: HTMLResponse(NO_PAGE))
     app.add_middleware(Guard, config=config, counted=desk.metrics.refused)
     return app

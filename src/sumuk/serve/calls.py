@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import json
 import time
@@ -13,12 +12,13 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
+from sumuk.serve.answers import problem_document
 from sumuk.serve.desk import Desk
 from sumuk.serve.order import Caller, Job, Order
 from sumuk.serve.pictures import clean
-from sumuk.serve.trouble import MEDIA, Trouble, refused
+from sumuk.serve.trouble import Trouble, refused
 from sumuk.serve.wire import Told
 
 BETWEEN_LOOKS = 0.2
@@ -41,10 +41,10 @@ TheCaller = Annotated[Caller, Depends(caller_of)]
 
 def problem(trouble: Trouble) -> Response:
     """The answer that tells a problem (RFC 9457)."""
-    headers = {} if trouble.retry_after is None else {"Retry-After": str(max(1, round(trouble.retry_after)))}
-    if trouble.type == "no-token":
-        headers["WWW-Authenticate"] = 'Bearer realm="sumuk", Basic realm="sumuk"'
-    return JSONResponse(trouble.as_problem(), trouble.status, headers, MEDIA)
+    body, headers = problem_document(trouble)
+    answer = Response(body, trouble.status)
+    answer.raw_headers = headers
+    return answer
 
 
 async def submitted(request: Request, order: Order) -> tuple[Job, bool]:
@@ -136,6 +136,17 @@ async def picture_of(request: Request, text: str, what: str) -> bytes:
     Raises:
         Refused: it is no base64, an address to fetch, or no picture that is taken.
     """
+    return await clean(unpacked(text, what), what, desk_of(request).config.picture_pixels)
+
+
+def unpacked(text: str, what: str) -> bytes:
+    """The bytes of base64, perhaps as a ``data:`` URL.
+
+    Raises:
+        Refused: it is neither, or an address to fetch.
+    """
+    if not isinstance(text, str):  # scripts of the page send what they like
+        raise refused("bad-picture", f"{what} is no base64")
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -145,7 +156,6 @@ async def picture_of(request: Request, text: str, what: str) -> bytes:
             "bad-picture", f"{what} is an address, and nothing is fetched; send the picture in base64"
         )
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except (ValueError, binascii.Error):
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
         raise refused("bad-picture", f"{what} is no base64") from None
-    return await clean(data, what, desk_of(request).config.picture_pixels)

@@ -75,6 +75,7 @@ class Desk:
         self._dispatch = Dispatch(backend, self._store, self._line, self.metrics, inspect_image, seal)
         self._keys: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._entries: tuple[float, list[Entry]] | None = None
+        self._choices: dict[str, list[dict[str, Any]]] | None = None
         self._running = False
         self._chores: list[asyncio.Task[None]] = []
         self._stopped: asyncio.Task[None] | None = None
@@ -366,8 +367,10 @@ class Desk:
         return self._entries[1]
 
     async def choices(self) -> dict[str, list[dict[str, Any]]]:
-        """Solvers and step spacings."""
-        return await self.backend.choices()
+        """Solvers and step spacings, which do not change while a server runs."""
+        if self._choices is None:
+            self._choices = await self.backend.choices()
+        return self._choices
 
     async def describe(self, name: str) -> dict[str, Any]:
         """What ``sumuk inspect`` says of an entry."""

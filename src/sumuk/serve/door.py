@@ -6,22 +6,18 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from sumuk.base.errors import BadInput
-from sumuk.generate.request import Request
+from sumuk.generate.request import Request, places
 from sumuk.serve.config import ServeConfig
 from sumuk.serve.order import Caller, Order
 from sumuk.serve.trouble import refused
 
-PICTURES = ("init", "mask", "hint", "like")
-"""Fields of a request, and of what steers it, that hold a picture."""
 DECODING = 2
 """Orders whose pictures are decoded at once; each may take a hundred megabytes meanwhile."""
 
@@ -70,7 +66,7 @@ class Door:
         """
         self._bounded(order)
         values = dict(order.values)
-        if any(_pictures(values)):
+        if any(places(values)):
             async with self._decoding:
                 await asyncio.to_thread(Request, **values)
         else:
@@ -88,22 +84,11 @@ class Door:
                 raise refused("bad-value", f"{name} has {len(text):,} characters; at most {most:,} are read")
         if order.deadline is not None and not 0 < order.deadline < math.inf:
             raise refused("bad-value", f"deadline is a number of seconds above 0, not {order.deadline!r:.40}")
-        for name, value in _pictures(order.values):
-            if not isinstance(value, bytes):  # a name would be opened on this machine
+        for holder, key, name in places(order.values):
+            if not isinstance(value := holder[key], bytes):  # a name would be opened on this machine
                 raise refused(
                     "bad-picture", f"{name} is no picture that was sent, but a {type(value).__name__}"
                 )
-
-
-def _pictures(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Where pictures stand in a request's values, and what stands there."""
-    for name in PICTURES:
-        if values.get(name) is not None:
-            yield name, values[name]
-    steer = values.get("steer")
-    for number, each in enumerate(steer if isinstance(steer, list | tuple) else ()):
-        if isinstance(each, Mapping) and each.get("hint") is not None:
-            yield f"steer.{number}.hint", each["hint"]
 
 
 def _rate(name: str, text: str) -> RateLimitItem:

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from sumuk.base.errors import BadFile
 from sumuk.generate.infotext import LONGEST, parse_infotext
+from sumuk.generate.request import PICTURES
 from sumuk.serve.a1111_names import SCHEDULERS
-from sumuk.serve.wish import PICTURES, Wish
+from sumuk.serve.wish import Wish
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 READ = ("sumuk", "parameters")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ from fastapi.responses import FileResponse
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 
 from sumuk.base.errors import SumukError
-from sumuk.serve.calls import TheCaller, TheDesk, picture_of, submitted
+from sumuk.serve.calls import TheCaller, TheDesk, picture_of, submitted, unpacked
 from sumuk.serve.desk import Desk
 from sumuk.serve.dropped import dropped
 from sumuk.serve.formats import MEDIA, Kind, as_format
@@ -226,8 +225,4 @@ async def load(desk: TheDesk, name: str) -> Loaded:
 @router.post("/receipts", tags=["jobs"], response_model=Found)
 async def read_receipt(body: Dropped) -> Any:
     """What made a PNG, as a request to submit again: by its receipt, or by A1111's text."""
-    try:
-        data = base64.b64decode(body.picture.rpartition("base64,")[2], validate=True)
-    except (ValueError, binascii.Error):
-        raise refused("bad-picture", "picture is no base64") from None
-    return await run_in_threadpool(dropped, data)
+    return await run_in_threadpool(lambda: dropped(unpacked(body.picture, "picture")))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -26,6 +25,7 @@ from sumuk.files.tensors import torch_dtype
 from sumuk.generate.engine import Engine
 from sumuk.generate.prompt import parse
 from sumuk.generate.request import Request
+from sumuk.generate.tags import may_name
 from sumuk.serve.config import ServeConfig
 from sumuk.serve.offered import Offered
 from sumuk.serve.order import Order
@@ -43,7 +43,6 @@ PAUSE = 0.5
 """Seconds before the second try; the third waits twice as long."""
 MOST_GUESTS = 32
 """Adapters that stay on a model after use."""
-TAGS = {"lora": "lora", "lyco": "lora", "hypernet": "hypernet"}
 TABLES = {"lora": "loras", "hypernet": "hypernets", "embedding": "embeddings", "control": "controls"}
 
 Key = tuple[str, str | None, str | None]
@@ -60,6 +59,7 @@ class Resident:
         engine: draws with it.
         size: bytes of its parameters.
         used: when it was last wanted.
+        leaving: no order is begun with it any more, as another model needs the room.
     """
 
     key: Key
@@ -68,6 +68,7 @@ class Resident:
     size: int
     seconds: float
     used: float = field(default_factory=time.monotonic)
+    leaving: bool = False
     _guests: OrderedDict[tuple[str, str], tuple[int, ...]] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -97,7 +98,7 @@ class Resident:
             return replace(self.model, controls=controls)
 
     def _named(self, request: Request, offered: Offered) -> set[tuple[str, str]]:
-        tags = [(TAGS[tag.kind], tag.name) for tag in parse(request.prompt).tags if tag.kind in TAGS]
+        tags = [(tag.sort, tag.name) for tag in parse(request.prompt).tags if tag.sort]
         tags += [("lora", each.name) for each in request.loras]
         tags += [("hypernet", each.name) for each in request.hypers]
         tags += [("control", each.control) for each in request.steer]
@@ -106,7 +107,7 @@ class Resident:
         tags += [
             ("embedding", each.name)
             for each in (offered.entries() if self.model.readings else ())
-            if each.kind == kind and re.search(rf"(?<!\w){re.escape(each.name)}(?!\w)", text, re.IGNORECASE)
+            if each.kind == kind and may_name(text, each.name)
         ]
         return {*tags}
 
@@ -161,10 +162,11 @@ class Residents:
         return name, order.vae, order.refiner
 
     def get(self, key: Key) -> Resident | None:
-        """The model if it is here."""
+        """The model if it is here, and stays."""
         found = self.here.get(key)
-        if found is not None:
-            found.used = time.monotonic()
+        if found is None or found.leaving:
+            return None
+        found.used = time.monotonic()
         return found
 
     def want(self, key: Key, ready: Ready) -> None:
@@ -201,7 +203,8 @@ class Residents:
             raise self._broken[key][1]  # told once; until the file is another one, the answer is the same
         self._tell("loading", name, None)
         began = time.monotonic()
-        self._make_room(key, paths)
+        own = self._config.parts.values() if name == self._offered.usual else ()
+        self._make_room(key, [*paths, *own])
         how: dict[str, Any] = {
             "vae": None if vae is None else paths[1],
             "refiner": None if refiner is None else paths[-1],
@@ -224,7 +227,11 @@ class Residents:
         return made
 
     def _make_room(self, key: Key, paths: Iterable[Path]) -> None:
-        """Let the least recently used go until there is room; one that is at work is waited for."""
+        """Let the least recently used go until there is room.
+
+        One that is at work is waited for, and begins nothing new meanwhile: who is asked for without end would stay
+        for ever. Orders for it wait behind the model that comes.
+        """
         needed = sum(needs(path, self._config) for path in paths)
         if needed > self.budget:
             raise OutOfMemory(
@@ -232,13 +239,16 @@ class Residents:
                 "together; start the server with more --memory, or convert it to a smaller type"
             )
         while self.size() + needed > self.budget:
-            idle = [each for each in [*self.here.values()] if each.engine.idle]
-            if not idle:
+            here = [*self.here.values()]
+            goes = min(here, key=lambda each: (not each.engine.idle, not each.leaving, each.used))
+            if goes.engine.idle:
+                log.info("%s makes room for %s", goes.key[0], key[0])
+                self.let_go(goes)
+            else:
+                goes.leaving = True
                 time.sleep(0.05)
-                continue
-            oldest = min(idle, key=lambda each: each.used)
-            log.info("%s makes room for %s", oldest.key[0], key[0])
-            self.let_go(oldest)
+        for each in [*self.here.values()]:
+            each.leaving = False
 
     def let_go(self, resident: Resident) -> None:
         """Take a model out of memory."""

@@ -17,7 +17,7 @@ import asyncio
 import io
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -26,6 +26,7 @@ from typing import Any
 from PIL import Image
 
 from sumuk.base.errors import BadFile, BadInput, MissingExtra, SumukError
+from sumuk.generate.request import places
 from sumuk.serve.a1111_pictures import flat
 from sumuk.serve.config import ServeConfig
 from sumuk.serve.order import Order
@@ -37,8 +38,6 @@ log = logging.getLogger("sumuk.serve")
 THRESHOLD = 0.5
 """Pictures are withheld from here on. Its makers call less than 0.2 probably safe and more than 0.8 probably not; of
 harmless pictures (``docs/safety.md``) some reach 0.36 and none 0.5."""
-PICTURES = ("init", "hint", "like")
-"""Of a request, those that are seen or followed; a mask is neither."""
 _AWAY = re.compile(r":\s*+-")
 """A weight below zero, with which a negative prompt asks for what it says."""
 
@@ -75,8 +74,10 @@ def stages(config: ServeConfig) -> Stages:
         if words is not None:
             await _read(words, order.values)
         if looks is not None:
-            for name, picture in _pictures(order.values):
-                score = await looks.score(picture)
+            for holder, key, name in places(order.values):
+                if key == "mask":  # neither seen nor followed
+                    continue
+                score = await looks.score(holder[key])
                 if not score < THRESHOLD:
                     raise refused("prompt-moderated", f"the {name} picture is not taken: {_why(score)}")
 
@@ -132,15 +133,6 @@ async def _read(words: Wordlist, values: Mapping[str, Any]) -> None:
 
 
 # Pictures.
-
-
-def _pictures(values: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """The pictures that an order brings along, with their names."""
-    for name in PICTURES:
-        if values.get(name) is not None:
-            yield name, values[name]
-    for number, steer in enumerate(values.get("steer") or (), start=1):
-        yield f"steer {number} hint", steer["hint"]
 
 
 class PictureCheck:

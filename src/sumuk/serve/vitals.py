@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import time
-from pathlib import Path
 
 import torch
 
+from sumuk.serve.metrics import resident
 from sumuk.serve.residents import Resident, Residents
 from sumuk.serve.wire import Vitals
 
@@ -20,6 +18,9 @@ class Gauge:
     """What is counted between two reports."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._last = time.monotonic()
         self._seconds, self._rounds, self._rows, self._room = 0.0, 0, 0, 0
 
@@ -45,23 +46,15 @@ class Gauge:
             round_seconds=self._seconds,
             rows=self._rows,
             row_room=self._room,
-            resident=resident_bytes(),
+            resident=resident(),
             device_memory=torch.cuda.memory_allocated() if cuda else 0,
             models=tuple(dict.fromkeys(key[0] for key in [*residents.here])),
             escalations=escalations,
         )
-        self.__init__()  # type: ignore[misc]  # begin anew
+        self._begin()
         return made
 
 
 def counts(resident: Resident) -> tuple[int, int]:
     """Rows answered and rows that there was room for, since the engine was made."""
     return resident.engine.rows_answered, resident.engine.row_room
-
-
-def resident_bytes() -> int:
-    """Bytes of this process in memory."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no Linux: the largest that it ever was
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

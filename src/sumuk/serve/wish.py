@@ -7,19 +7,17 @@ no number, ``"512"`` is none either. What the fields must agree on is checked wh
 from __future__ import annotations
 
 import types
-from collections.abc import Awaitable, Callable, Container, Iterator
+from collections.abc import Awaitable, Callable, Container
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from sumuk.generate.request import Hires, Hyper, Request, Steer, Text, Wear
+from sumuk.generate.request import Hires, Hyper, Request, Steer, Text, Wear, places
 
 Base64: TypeAlias = Annotated[
     str, Field(description="A PNG, JPEG or WebP in base64, or a data: URL of one; addresses are not fetched.")
 ]
-PICTURES = ("init", "mask", "hint", "like")
-"""Fields of a request that are pictures; each of ``steer`` has a ``hint`` besides."""
 
 
 class Strict(BaseModel):
@@ -73,15 +71,6 @@ if TYPE_CHECKING:
     Wish = Strict
 else:
     Wish = twin(Request, "Request")
-
-
-def places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Where pictures stand in a request's values: the dictionary, the key in it, and how to call the place."""
-    for name in PICTURES:
-        if values.get(name) is not None:
-            yield values, name, name
-    for number, steer in enumerate(values.get("steer") or ()):
-        yield steer, "hint", f"steer.{number}.hint"
 
 
 async def values_of(wish: Strict, read: Callable[[str, str], Awaitable[bytes]]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def test_an_order_comes_back_as_the_fields_that_made_it(kept):
 
 
 async def _bytes(data: str) -> bytes:
-    from sumuk.serve.page.kept import unpacked
+    from sumuk.serve.calls import unpacked
 
     return unpacked(data, "it")
 

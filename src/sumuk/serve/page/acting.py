@@ -160,7 +160,7 @@ class _Acts:
         try:
             await woken(page.desk)
             offered, named = await page.desk.catalogue(), await page.desk.choices()
-            usual = await page.desk.describe(usual_model(page, offered))
+            usual = await page.desk.describe(page.desk.config.usual)
         except Exception as error:
             return {studio.notice: page.told(error)}
         loras = _of(offered, "lora")
@@ -182,7 +182,7 @@ class _Acts:
     async def describe(self, name: str) -> str:
         desk = self.page.desk
         try:
-            name = name or usual_model(self.page, await desk.catalogue())
+            name = name or desk.config.usual
             return markup.inspected(self.page.words, await desk.describe(name))
         except Exception as error:
             return self.page.told(error)
@@ -228,14 +228,6 @@ class _Acts:
         except Exception as error:
             return {self.studio.notice: self.page.told(error), self.tabs: gr.update(selected="create")}
         return self._fill(form) | {self.studio.notice: said, self.tabs: gr.update(selected="create")}
-
-
-def usual_model(page: Page, offered: list[Entry]) -> str:
-    """The name of the model that draws where none is named: the one that the server was started with."""
-    path = page.desk.config.model
-    name = "miniature" if path is None else path.stem or path.name
-    models = [each.name for each in offered if each.sort == "model"]
-    return name if name in models or not models else models[0]
 
 
 def _of(offered: list[Entry], sort: str) -> list[tuple[str, str]]:

@@ -13,12 +13,12 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from sumuk.generate.request import Hires, Request
+from sumuk.generate.request import PICTURES, Hires, Request
 from sumuk.serve.order import Order
 from sumuk.serve.page.kept import Kept, named
 from sumuk.serve.trouble import Refused, refused
 from sumuk.serve.wire import Entry
-from sumuk.serve.wish import PICTURES, Wish
+from sumuk.serve.wish import Wish
 
 Form: TypeAlias = dict[str, Any]
 """Field -> what stands in it."""

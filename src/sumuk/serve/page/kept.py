@@ -7,8 +7,6 @@ picture lies there once, and the digests that stand in a job's order find it aga
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import re
 import time
@@ -16,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sumuk.files.atomic import replacing
+from sumuk.serve.calls import unpacked
 from sumuk.serve.pictures import clean
 from sumuk.serve.trouble import refused
 
@@ -100,18 +99,3 @@ class Kept:
 def named(sha256: str) -> str:
     """The name of the picture with this digest."""
     return sha256[:32]
-
-
-def unpacked(text: str, what: str) -> bytes:
-    """The bytes of a ``data:`` URL, which is how the page's scripts send files.
-
-    Raises:
-        Refused: it is none.
-    """
-    head, comma, body = text.partition(",") if isinstance(text, str) else ("", "", "")
-    if not (comma and head.startswith("data:") and head.endswith(";base64")):
-        raise refused("bad-picture", f"{what} is no file that was chosen in the page")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (ValueError, binascii.Error):
-        raise refused("bad-picture", f"{what} is no base64") from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from sumuk.base.errors import MissingFile
+from sumuk.serve.calls import unpacked
 from sumuk.serve.dropped import dropped
 from sumuk.serve.order import Caller
 from sumuk.serve.page import markup
 from sumuk.serve.page.context import Page
 from sumuk.serve.page.form import BLANK, Form, form_of, model_named
-from sumuk.serve.page.kept import unpacked
 from sumuk.serve.pictures import clean
 
 SENDS = ("send-all", "send-init", "send-mask")
