@@ -154,6 +154,17 @@ def test_who_listens_may_stop_it(path: Path) -> None:
         Sum(Source(path), stop).add(0, np.zeros(10, np.uint8))
 
 
+def test_a_file_that_cannot_be_read_to_its_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Sum(Source(path), lambda count: None)
+
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Source, "_fill", failing)
+    with pytest.raises(BadFile, match=r"x\.bin: cannot be read: .*Input/output error"):
+        one.hexdigest()
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 

@@ -204,12 +204,15 @@ class Sum:
         """The sum of the whole file.
 
         Raises:
-            OSError: it cannot be read.
+            BadFile: it cannot be read.
         """
-        size = self._source.size
-        with self._busy:
-            while self._at < size:
-                self._hash(*(self._next(-1) or (self._at, min(self._at + PIECE, size))))
+        try:
+            size = self._source.size
+            with self._busy:
+                while self._at < size:
+                    self._hash(*(self._next(-1) or (self._at, min(self._at + PIECE, size))))
+        except OSError as error:
+            raise BadFile(f"{self._source.path}: cannot be read: {error}", "file.read") from error
         return self._sums.hexdigest()
 
     def _next(self, held: int) -> tuple[int, int] | None:
@@ -287,6 +290,7 @@ class Sink:
     def _switch(self, *, on: bool) -> None:
         if not on and not self._direct:
             return
+        self._direct = False
         with suppress(OSError, AttributeError, ImportError):
             import fcntl
 
