@@ -115,7 +115,7 @@ def kills(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
 def _look(state: Path, acknowledged: dict[str, tuple[str, int]], seen: dict[Path, tuple[int, int]]) -> int:
     """Look at the finished pictures; how many were written again, for the bytes would be the same."""
     changed = 0
-    for job, _ in acknowledged.values():
+    for job, _ in [*acknowledged.values()]:  # clients go on meanwhile
         for file in (state / "results" / job).glob("*.png"):
             now = file.stat()
             changed += seen.setdefault(file, (now.st_ino, now.st_mtime_ns)) != (now.st_ino, now.st_mtime_ns)
