@@ -12,6 +12,7 @@ from sumuk.base.errors import BadInput, MissingFile
 from sumuk.generate.api import MINIATURE
 from sumuk.serve.config import ServeConfig
 from sumuk.serve.offered import Offered, choices
+from sumuk.weights.model import WeightFile
 
 LORA = MINIATURE.with_name("porcelain.safetensors")
 
@@ -111,3 +112,11 @@ def test_a_shelf_is_looked_through_once_for_many_requests(tmp_path: Path, monkey
         offered.entries()
         offered.find("ink", "lora")
     assert looks == 1
+
+
+def test_a_hash_is_told_as_soon_as_anybody_has_read_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    offered = Offered(ServeConfig(model=shelf(tmp_path / "shelf", own=MINIATURE) / "own.safetensors"))
+    assert offered.entries()[0].sha256 is None, "to list files reads none of them whole"
+    known = WeightFile(offered.find("own", "model")).sha256  # as a receipt does
+    assert offered.entries(fresh=0.0)[0].sha256 == known

@@ -12,7 +12,7 @@ from sumuk.base.errors import BadInput, MissingFile
 from sumuk.files.hashes import hashes
 from sumuk.files.tensors import write
 from sumuk.weights import inspect
-from sumuk.weights.shelf import Shelf
+from sumuk.weights.shelf import Entry, Shelf
 
 
 def lora(path: Path, seed: int = 0) -> Path:
@@ -86,6 +86,20 @@ def test_files_are_looked_at_once_until_they_change(shelf: Shelf, monkeypatch: p
     write(shelf.root / "seven.safetensors", {"emb_params": torch.ones(2, 768)})
     kinds = {entry.name: entry.kind for entry in shelf.entries()}
     assert looked == ["seven.safetensors"] and kinds["seven"] == "textual-inversion/sd1"
+
+
+def test_a_file_that_is_taken_away_meanwhile_is_passed_over(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = Shelf.look
+
+    def late(self: Shelf, path: Path) -> Entry:
+        if path.name == "Ink.safetensors":
+            path.unlink()
+        return look(self, path)
+
+    monkeypatch.setattr(Shelf, "look", late)
+    assert [entry.name for entry in shelf.entries()] == ["broken", "fox", "fox", "seven"]
 
 
 def test_hashes_are_remembered(shelf: Shelf) -> None:

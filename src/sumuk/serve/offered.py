@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,14 +83,14 @@ class Offered:
             return self._entries
 
     def _look(self) -> list[Entry]:
-        lying = [*self._lying()]
-        found = [self._entry(path, each, home) for path, each, home in lying]
-        counts: dict[tuple[str, str], int] = {}
-        for entry in found:
-            counts[entry.sort, entry.name] = counts.get((entry.sort, entry.name), 0) + 1
+        found: list[tuple[Path, Entry]] = []
+        for path, each, home in self._lying():
+            with suppress(FileNotFoundError):  # somebody takes it away at this moment
+                found.append((path, self._entry(path, each, home)))
+        counts = Counter((entry.sort, entry.name) for _, entry in found)
         named: list[Entry] = []
         paths: dict[tuple[str, str], Path] = {}
-        for (path, _, _), entry in zip(lying, found, strict=True):
+        for path, entry in found:
             if counts[entry.sort, entry.name] > 1 and path != self._usual_path:
                 entry = replace(entry, name=Path(entry.file).with_suffix("").as_posix())
             if (entry.sort, entry.name) not in paths:

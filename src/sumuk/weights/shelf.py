@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,8 @@ class Shelf:
         paths = sorted(self._paths())
         found = []
         for number, path in enumerate(paths, start=1):
-            found.append(self.look(path))
+            with suppress(FileNotFoundError):  # somebody takes it away at this moment
+                found.append(self.look(path))
             if progress:
                 progress(number, len(paths))
         return sorted(found, key=lambda entry: (entry.name.lower(), entry.path))
