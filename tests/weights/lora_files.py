@@ -14,6 +14,7 @@ import torch
 from examples import zoo
 from tests.weights.tiny import weights
 from torch import Tensor
+from torch.nn import functional as F
 
 from sumuk.families.family import Family
 from sumuk.files.tensors import Shape, lazy, write
@@ -180,3 +181,23 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """The largest difference of two sets of weights of the same names."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def bfl(own: dict[str, Tensor], width: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Black Forest Labs's control LoRA: biases too, norms whole, and an ``img_in`` of so many inputs."""
+    file, expected = {}, dict(own)
+    for name, weight in own.items():
+        layer = name.removeprefix("denoiser.").removesuffix(".weight")
+        if not name.startswith("denoiser."):
+            continue
+        if name.endswith("_norm.scale"):
+            expected[name] = file[layer] = torch.rand_like(weight)
+        elif name.endswith(".weight"):
+            wide = F.pad(weight, (0, width - weight.shape[1])) if width and layer == "img_in" else weight
+            down, up = random_pair(wide)
+            file |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+            expected[name] = wide + up @ down
+            bias = name.replace("weight", "bias")
+            file[f"{layer}.lora_B.bias"] = torch.randn(len(weight))
+            expected[bias] = own[bias] + file[f"{layer}.lora_B.bias"]
+    return file, expected

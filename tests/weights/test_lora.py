@@ -16,6 +16,7 @@ from tests.weights.lora_files import (
     applied,
     as_diffusers,
     as_native,
+    bfl,
     distance,
     make,
     model,
@@ -104,26 +105,6 @@ def test_xlabs(tmp_path: Path) -> None:
     assert distance(applied(own, made.patches), expected) <= EXACT
 
 
-def bfl(own: dict[str, Tensor], width: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Black Forest Labs's control LoRA: biases too, norms whole, and an ``img_in`` of so many inputs."""
-    file, expected = {}, dict(own)
-    for name, weight in own.items():
-        layer = name.removeprefix("denoiser.").removesuffix(".weight")
-        if not name.startswith("denoiser."):
-            continue
-        if name.endswith("_norm.scale"):
-            expected[name] = file[layer] = torch.rand_like(weight)
-        elif name.endswith(".weight"):
-            wide = torch.zeros(len(weight), width) if width and layer == "img_in" else weight
-            down, up = random_pair(wide)
-            file |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
-            expected[name] = wide + up @ down
-            bias = name.replace("weight", "bias")
-            file[f"{layer}.lora_B.bias"] = torch.randn(len(weight))
-            expected[bias] = own[bias] + file[f"{layer}.lora_B.bias"]
-    return file, expected
-
-
 def test_black_forest_labs_control_lora(tmp_path: Path) -> None:
     file, expected = bfl(natives("flux/control"))
     made = whole(read(tmp_path, "flux/control", file))
@@ -137,7 +118,7 @@ def test_a_control_lora_says_that_it_needs_a_wider_model(tmp_path: Path) -> None
     made = read(tmp_path, "flux/dev", file)
     assert not made.unmatched
     assert len(made.misshapen) == 1 and "reads 128 numbers a token" in made.misshapen[0]
-    assert "whose img_in was widened with zeros" in made.misshapen[0]
+    assert made.misshapen[0].endswith("which it makes of FLUX.1 dev by: sumuk lora bake")
     native = shapes(natives("flux/dev")) | {"denoiser.img_in.weight": (64, 128)}
     assert not read_lora(made.path, model("flux/dev").family, native).misshapen
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from moments import alike, killed, moments, tensors
-from tests.weights.lora_files import SPELLINGS, make, model, natives, save, shapes
+from tests.weights.lora_files import SPELLINGS, bfl, make, model, natives, save, shapes
 from tests.weights.tiny import weights
 from torch import Tensor
 
@@ -117,6 +117,27 @@ def test_several_with_strengths_for_text_and_blocks(tmp_path: Path) -> None:
     assert said["modelspec.merged_from"] == "base.safetensors, one.safetensors, other.safetensors"
     again = bake_loras(out, [(lora(tmp_path / "third.safetensors", seed=2), 1.0, None, None)], out)
     assert len(json.loads(read_header(out).metadata["sumuk.baked"])) == 3 and again.changed == told.changed
+
+
+@pytest.mark.parametrize("layout", ["single", "diffusers"])
+def test_a_control_lora_makes_the_plain_model_one_that_follows_a_picture(layout: str, tmp_path: Path) -> None:
+    file, expected = bfl(weights(model("flux/dev")), width=128)
+    given = save(tmp_path / "canny.safetensors", file)
+    base = checkpoint(
+        tmp_path / ("base.safetensors" if layout == "single" else "base"), "flux/dev", layout=layout
+    )
+    out = tmp_path / ("out.safetensors" if layout == "single" else "out")
+    told = bake_loras(base, [(given, 1.0, None, None)], out)
+    assert told.kind == "flux/control" and any(
+        "reads 64 numbers a token, and the result 128" in n for n in told.notes
+    )
+    made = sumuk.load(out)
+    assert made.family.key == "flux/control"
+    found = weights(made)
+    assert found.keys() == expected.keys()
+    assert max(float((found[name] - expected[name]).abs().max()) for name in found) <= 1e-5
+    again = bake_loras(out, [(given, 1.0, None, None)], tmp_path / f"again{out.suffix}")
+    assert again.kind == "flux/control" and not any("numbers a token" in note for note in again.notes)
 
 
 def odd(tmp_path: Path) -> Path:

@@ -262,7 +262,7 @@ class _Reader:
             return ""
         return (
             f"img_in: reads {down.shape[1]} numbers a token, those of a control picture among them, where the model's "
-            f"reads {shape[1]}; it fits FLUX.1 Canny or Depth, or a model whose img_in was widened with zeros"
+            f"reads {shape[1]}; it fits FLUX.1 Canny or Depth, which it makes of FLUX.1 dev by: sumuk lora bake"
         )
 
     # -- Stable Cascade's own: layers by number, and rows of the token table

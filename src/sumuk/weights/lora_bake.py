@@ -31,7 +31,7 @@ from sumuk.weights.encoding import Encoding, as_stored, read_dtype
 from sumuk.weights.inspect import Opened
 from sumuk.weights.lora import Patch
 from sumuk.weights.lora_sums import Account, Given, Ingredient, Worn
-from sumuk.weights.lora_work import Host, Place, host, refuse_over
+from sumuk.weights.lora_work import FIRST, Host, Place, host, refuse_over, widened
 from sumuk.weights.prune import OPTIMIZER, Left, by_reason, check_suffix, check_target, reason, value_notes
 from sumuk.weights.source import read
 from sumuk.weights.writing import DIFFUSERS, LAYOUTS, SUFFIX, arrange, store
@@ -115,7 +115,8 @@ def bake_loras(
     """
     began = time.monotonic()
     out, kind = Path(out), read_dtype(dtype)
-    home = host(model)
+    plain = host(model)
+    home = widened(plain, [path for path, *_ in loras])
     source = home.opened.source
     layout = _layout(home.opened, layout, out)
     check_target(source, out)
@@ -156,7 +157,7 @@ def bake_loras(
         cast=dict(encoding.cast),
         zeroed=encoding.zeroed,
         left=work.left,
-        notes=(*source.notes, *value_notes(source)),
+        notes=(*source.notes, *value_notes(source), *_wider(plain, home)),
         before=before,
         after=sum(file.stat().st_size for file in files),
         source=digests,
@@ -183,6 +184,16 @@ def _layout(opened: Opened, layout: str | None, out: Path) -> str | None:
     if layout not in DIFFUSERS:
         check_suffix(out)
     return layout
+
+
+def _wider(before: Host, after: Host) -> list[str]:
+    if before.native == after.native:
+        return []
+    has, reads = (each.native[FIRST][1] for each in (before, after))
+    return [
+        f"{before.family.title} reads {has} numbers a token, and the result {reads}, those of a control picture among "
+        f"them: it is {after.family.title}"
+    ]
 
 
 def _lora_files(loras: Sequence[Given]) -> list[Path]:

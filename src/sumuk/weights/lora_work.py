@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from sumuk.base.errors import BadFile, BadInput, nearest
 from sumuk.families.family import Family
@@ -29,12 +30,15 @@ from sumuk.weights.contents import whole
 from sumuk.weights.encoding import plain_floats
 from sumuk.weights.inspect import Opened, recognise
 from sumuk.weights.lora import Lora, Patch, read_lora
+from sumuk.weights.lora_names import Index, cut
 from sumuk.weights.lora_tools import Kept
 from sumuk.weights.lora_writing import LAYOUTS, write_lora
 from sumuk.weights.prune import check_suffix
-from sumuk.weights.source import read
+from sumuk.weights.source import Source, read
 
 Place = str | os.PathLike[str]
+FIRST = "denoiser.img_in.weight"
+"""FLUX.1's first layer, which reads the numbers of a token."""
 DOWN = ("lora_down.weight", "lora_A.weight")
 """Ends of names whose first side is a rank."""
 
@@ -67,11 +71,48 @@ def host(path: Place) -> Host:
         BadInput: it is no model: an adapter, or a network that draws nothing by itself.
     """
     source = read(path)
-    opened = recognise(replace(source, tensors=plain_floats(source.tensors)))
+    return _host(recognise(replace(source, tensors=plain_floats(source.tensors))))
+
+
+def _host(opened: Opened) -> Host:
     kind = whole(opened).family
     if not isinstance(kind, Family):
+        path = opened.source.path
         raise BadInput(f"{path}: is {kind.title}, where the checkpoint of a model is wanted")
     return Host(opened, kind, {name: one.shape for name, one in opened.moved.tensors.items()})
+
+
+def widened(home: Host, loras: Iterable[Place]) -> Host:
+    """The model with room for a second picture beside each token, where a LoRA brings the weights that read it.
+
+    FLUX.1 Canny and Depth come as LoRAs for FLUX.1 dev as well (Black Forest Labs 2024), whose first layer reads twice
+    as many numbers. What the model lacks of it is zero, so that it hears nothing of them by itself.
+
+    Raises:
+        BadFile: with so many numbers it is no model that is known.
+    """
+    if FIRST not in home.native:
+        return home
+    index, rows, has = Index(home.family, home.native), *home.native[FIRST]
+    wanted = max((_reads(source, index) for source in map(read, loras)), default=0)
+    if wanted <= has:
+        return home
+    opened = home.opened
+    (name,) = opened.moved.origin[FIRST]
+    one = opened.source.tensors[name]
+    wide = one.become(lambda: F.pad(one.load(), (0, wanted - has)), shape=(rows, wanted))
+    return _host(recognise(replace(opened.source, tensors=opened.source.tensors | {name: wide})))
+
+
+def _reads(source: Source, index: Index) -> int:
+    """How many numbers a token has for a LoRA's first layer; 0 if it has none."""
+    for name, tensor in source.tensors.items():
+        piece = cut(name)
+        if piece is not None and piece.factor == "lora_down.weight" and len(tensor.shape) == 2:
+            place = index.find(piece.layer)
+            if place is not None and f"{place.part}.{place.name}" == FIRST:
+                return tensor.shape[1]
+    return 0
 
 
 def fitting(path: Place, home: Host) -> Lora:
