@@ -265,6 +265,19 @@ async def test_a_job_over_which_two_workers_are_lost_is_given_up_and_its_neighbo
         assert (await ended(desk, neighbour)).state == "done"
 
 
+async def test_workers_that_are_killed_from_outside_are_rarely_a_jobs_fault(tmp_path: Path, held: ToyBackend):
+    async with at_desk(tmp_path, held) as desk:
+        job = await put(desk)
+        for times in range(1, 5):
+            await until(lambda times=times: len(held.begun) == times)
+            held.die("the worker was killed", killed=True)
+        await until(lambda: len(held.begun) == 5)
+        held.die("the worker was killed", killed=True)
+        assert "lost 5 times" in (await ended(desk, job)).trouble.detail, (
+            "but that often, it is the job that is at fault"
+        )
+
+
 async def test_deaths_are_remembered_over_a_restart(tmp_path: Path, held: ToyBackend):
     async with at_desk(tmp_path, held, drain=0.0) as desk:
         job = await put(desk)

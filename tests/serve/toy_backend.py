@@ -139,11 +139,11 @@ class ToyBackend:
             task.cancel()
             asyncio.get_running_loop().call_soon(lambda told: self.tell(told), Lost(job, image, trouble))
 
-    def die(self, why: str = "the worker was killed", again: bool = True) -> None:
+    def die(self, why: str = "the worker crashed", again: bool = True, killed: bool = False) -> None:
         """The worker is gone with all that it drew; another one is there at once if ``again``."""
         self._drop()
         self.ready = again
-        self.tell(Died(why, again))
+        self.tell(Died(why, again, killed))
 
     # Drawing.
 

@@ -19,6 +19,7 @@ from sumuk.serve.line import Line
 from sumuk.serve.live import Ending, Live
 from sumuk.serve.metrics import Metrics
 from sumuk.serve.order import Job, State
+from sumuk.serve.recovery import MOST_KILLS
 from sumuk.serve.store import Store
 from sumuk.serve.trouble import Refused, Trouble, refused, trouble_of
 from sumuk.serve.wire import Died, Drawn, Loaded, Loading, Lost, Shown, Stepped, Told, Vitals
@@ -28,7 +29,8 @@ log = logging.getLogger("sumuk.serve")
 BETWEEN_LOOKS = 0.25
 """Seconds between two looks at deadlines."""
 MOST_DEATHS = 2
-"""Workers that may be lost over one job; then it is given up."""
+"""Workers that may be lost over one job; then it is given up. Of those that were killed from outside, which is rarely a
+job's fault, as many as servers (:data:`~sumuk.serve.recovery.MOST_KILLS`)."""
 
 STOPS = "the server stops; the job is kept and goes on when the server is back"
 
@@ -179,7 +181,7 @@ class Dispatch:
                     self._lose(live, happened)
                 elif isinstance(happened, Ending):
                     await self._end(live, happened.state, happened.trouble)
-                elif await self._bereaved(live):
+                elif await self._bereaved(live, happened):
                     return
                 if live.settled and not live.job.over:
                     await self._end(live, *_outcome(live))
@@ -227,10 +229,10 @@ class Dispatch:
         log.info("picture %d will not come: %s", lost.image, lost.trouble.detail, extra={"job": lost.job})
         live.tell(lost)
 
-    async def _bereaved(self, live: Live) -> bool:
+    async def _bereaved(self, live: Live, died: Died) -> bool:
         """What drew a job is gone: whether the job waits again."""
         live.deaths += 1
-        if live.stopping or live.deaths < MOST_DEATHS:
+        if live.stopping or live.deaths < (MOST_KILLS if died.killed else MOST_DEATHS):
             return await self._requeued(live, 1)
         why = f"what drew it was lost {live.deaths} times over it; it is not tried again"
         await self._end(live, "failed", Trouble("worker-lost", why))

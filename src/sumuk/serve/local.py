@@ -8,6 +8,7 @@ import itertools
 import logging
 import multiprocessing
 import queue
+import signal
 import threading
 import time
 from collections import deque
@@ -160,7 +161,7 @@ class LocalWorker:
         if not often:
             self._begin()
             self._first.add_done_callback(lambda first: first.exception())  # told by the next death
-        self._tell(Died(why, again=not often))
+        self._tell(Died(why, again=not often, killed=code == -signal.SIGKILL))
 
     async def _ask(self, verb: Verb, about: Any = None) -> Any:
         if not self._up:

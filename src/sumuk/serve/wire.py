@@ -176,10 +176,14 @@ class Vitals:
 
 @dataclass(frozen=True)
 class Died:
-    """The worker is gone, with all it was drawing; another one is being started if ``again``."""
+    """The worker is gone, with all it was drawing; another one is being started if ``again``.
+
+    ``killed``: somebody put an end to it from outside (SIGKILL): a person, or a system that has run out of memory.
+    """
 
     why: str
     again: bool = True
+    killed: bool = False
 
 
 Told = Stepped | Shown | Drawn | Lost | Loading | Loaded | Vitals | Died
