@@ -88,3 +88,13 @@ def test_the_files_of_a_model_are_known_to_the_shelf(
     assert WeightFile(file).sha256 == hashes(file).sha256
     known = usual_index().hashed(file, state(file))
     assert known is not None and known == WeightFile(file).hashes
+
+
+def test_a_user_without_a_home(file: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert WeightFile(file).sha256 == WeightFile(file).sha256 == hashes(file).sha256
+    assert reads == [file]

@@ -129,6 +129,9 @@ _opened = cache(Index)
 
 
 def usual_index() -> Index:
-    """The user's own."""
-    folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """The user's own; of a user without a home, one that lasts as long as the process."""
+    try:
+        folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    except RuntimeError:
+        folder = os.devnull  # where nothing can be written
     return _opened(Path(folder) / "sumuk" / f"shelf-{VERSION}.sqlite3")
