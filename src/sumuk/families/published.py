@@ -45,12 +45,12 @@ class Release:
 
     def header(self) -> dict[str, tuple[str, Shape]]:
         """Dtype and shape of each tensor, by its name in a file of the family's first arrangement."""
-        import torch
 
         from sumuk.families.detect import families
+        from sumuk.nets.unfilled import unfilled
 
         kind = next(kind for kind in families() if kind.key == self.family)
-        with torch.device("meta"):
+        with unfilled():
             networks = {part: self.network(part) for part in self.parts}
         native = {
             f"{part}.{name}": lazy(value)

@@ -1,8 +1,8 @@
 """Reading and hashing files of many gigabytes past the system's cache, in memory that is used again.
 
 What is read once has no place in the cache: to find pages for it, and on virtual machines to be given them at all, may
-take longer than the disk does. So tensors are read by direct access into blocks that are lent and come back. What is
-in the cache already is taken from there.
+take longer than the disk does. So tensors are read by direct access into blocks that are lent and come back. A file
+most of which is in the cache already is taken from there.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Memory:
         """An array of bytes that begins at a page, with whatever is in it."""
         room = max(PAGE, -(-size // PAGE) * PAGE)
         with self._lock:
+            while sum(map(len, self._idle)) > IDLE:
+                del self._idle[0]  # the one that nobody has wanted for longest
             fit = [block for block in self._idle if room <= len(block) <= WASTE * room]
             block = min(fit, key=len, default=None)
             if block is not None:
@@ -54,14 +56,9 @@ class Memory:
         if block is None:
             block = _block(room)
         whole = np.frombuffer(block, np.uint8)
-        weakref.finalize(whole, self._back, block).atexit = False
+        # Without the lock: what is collected as garbage comes back in the middle of anything, also of the lines above.
+        weakref.finalize(whole, self._idle.append, block).atexit = False
         return whole[:size]
-
-    def _back(self, block: mmap.mmap) -> None:
-        with self._lock:
-            self._idle.append(block)
-            while sum(map(len, self._idle)) > IDLE:
-                del self._idle[0]  # the one that nobody has wanted for longest
 
 
 def _block(room: int) -> mmap.mmap:
@@ -85,8 +82,7 @@ class Source:
         self.path, self.memory = path, memory or Memory()
         self._identity = identity
         self._lock = threading.Lock()
-        self._handle: int | None = None
-        self._direct = False
+        self._opened: tuple[int, int] | None = None
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Bytes of the file.
@@ -95,16 +91,13 @@ class Source:
             OSError: it cannot be read, or ends before.
             BadFile: it was replaced or changed since its header was read.
         """
-        handle = self._open()
-        if self._direct:
-            try:
-                return self._read(handle, begin, end, PAGE)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # the file system wants other steps, or none of this
-                    raise
-                self._direct = False
-                handle = self._open(again=True)
-        return self._read(handle, begin, end, 1)
+        handle, step = self._open()
+        try:
+            return self._read(handle, begin, end, step)
+        except OSError as error:
+            if step == 1 or error.errno != errno.EINVAL:  # the file system wants other steps, or none of this
+                raise
+        return self._read(self._open(plainly=True)[0], begin, end, 1)
 
     def _read(self, handle: int, begin: int, end: int, step: int) -> np.ndarray:
         first, last = begin // step * step, -(-end // step) * step
@@ -126,21 +119,23 @@ class Source:
         target[: len(data)] = data
         return len(data)
 
-    def _open(self, *, again: bool = False) -> int:
+    def _open(self, *, plainly: bool = False) -> tuple[int, int]:
+        """The open file, and in what steps it can be read: pages where the access is direct."""
         with self._lock:
-            if self._handle is None or again:
-                handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                if not again and not _cached(handle) and (direct := _directly(self.path)) is not None:
+            if self._opened is None or (plainly and self._opened[1] > 1):
+                handle, step = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), 1
+                if not plainly and not _cached(handle) and (direct := _directly(self.path)) is not None:
                     os.close(handle)
-                    handle, self._direct = direct, True
+                    handle, step = direct, PAGE
                 weakref.finalize(self, os.close, handle)
-                if self._identity not in (None, now := stamp(handle)):
+                now = stamp(handle)
+                if self._identity is not None and self._identity != now:
                     raise BadFile(
                         f"{self.path}: was replaced or changed since its header was read; try again",
                         "file.changed",
                     )
-                self._identity, self._handle = now, handle
-            return self._handle
+                self._identity, self._opened = now, (handle, step)
+            return self._opened
 
     @property
     def size(self) -> int:
@@ -162,9 +157,8 @@ def _cached(handle: int) -> bool:
     size, found = os.fstat(handle).st_size, 0
     byte = bytearray(1)
     for place in range(PLACES):
-        with suppress(
-            OSError, AttributeError
-        ):  # it would have to wait for the disk; or cannot be asked at all
+        # An error: it would have to wait for the disk, or cannot be asked at all.
+        with suppress(OSError, AttributeError):
             found += os.preadv(handle, [byte], size * place // PLACES, os.RWF_NOWAIT)
     return 2 * found > PLACES
 
@@ -235,9 +229,10 @@ class Sum:
             data = self._waiting.pop(first)[begin - first :] if first <= begin else None
         if data is None:
             data = self._source.read(begin, end)
+        # By what there is: the piece that was to be read for this may have been brought meanwhile.
         self._sums.update(data.data)
-        self._at = end
-        self._told(end - begin)
+        self._at = begin + len(data)
+        self._told(len(data))
 
 
 class Sink:
@@ -252,7 +247,7 @@ class Sink:
     def __init__(self, file: BinaryIO) -> None:
         file.flush()
         self._handle = file.fileno()
-        self._block = Memory().take(PIECE)
+        self._block = np.frombuffer(_block(PIECE), np.uint8)
         self._full = 0
         self._direct = False
         self._switch(on=True)

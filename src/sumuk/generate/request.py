@@ -133,8 +133,8 @@ def places(values: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
             yield cast("dict[str, Any]", values), name, name
     steer = values.get("steer")
     for number, each in enumerate(steer if isinstance(steer, list | tuple) else ()):
-        if isinstance(each, dict) and each.get("hint") is not None:
-            yield each, "hint", f"steer.{number}.hint"
+        if isinstance(each, Mapping) and each.get("hint") is not None:
+            yield cast("dict[str, Any]", each), "hint", f"steer.{number}.hint"
 
 
 def image_digest(image: Image.Image) -> str:

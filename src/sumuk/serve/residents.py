@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,10 @@ class Residents:
             raise self._broken[key][1]  # told once; until the file is another one, the answer is the same
         self._tell("loading", name, None)
         began = time.monotonic()
-        own = self._config.parts.values() if name == self._offered.usual else ()
-        self._make_room(key, [*paths, *own])
+        needed = sum(needs(path, self._config) for path in paths)
+        if name == self._offered.usual:
+            needed += sum(needs(path, self._config, part) for part, path in self._config.parts.items())
+        self._make_room(key, needed)
         how: dict[str, Any] = {
             "vae": None if vae is None else paths[1],
             "refiner": None if refiner is None else paths[-1],
@@ -226,13 +228,12 @@ class Residents:
         self._tell("loaded", name, made)
         return made
 
-    def _make_room(self, key: Key, paths: Iterable[Path]) -> None:
+    def _make_room(self, key: Key, needed: int) -> None:
         """Let the least recently used go until there is room.
 
         One that is at work is waited for, and begins nothing new meanwhile: who is asked for without end would stay
         for ever. Orders for it wait behind the model that comes.
         """
-        needed = sum(needs(path, self._config) for path in paths)
         if needed > self.budget:
             raise OutOfMemory(
                 f"the model {key[0]!r} has {needed / 2**30:.1f} GiB, but models may take {self.budget / 2**30:.1f} GiB "
@@ -290,14 +291,21 @@ def _file(path: Path) -> Path:
     return path / "model_index.json" if (path / "model_index.json").is_file() else path
 
 
-def needs(path: Path, config: ServeConfig) -> int:
-    """Bytes that a model will take, from its header: numbers x the size of the type that they are loaded as."""
-    found = look(path)
-    numbers = sum(part.parameters for part in found.parts)
+def needs(path: Path, config: ServeConfig, only: str | None = None) -> int:
+    """Bytes that a model will take, from its header: numbers x the size of the type that they are loaded as.
+
+    Args:
+        path: its file or folder.
+        config: says the device and the type.
+        only: the one part that is taken of it; None: all.
+    """
+    found = look(path).parts
+    parts = [part for part in found if part.name == only] or found
+    numbers = sum(part.parameters for part in parts)
     if config.dtype is not None:
         return numbers * torch_dtype(config.dtype).itemsize
     small = Counter[str]()
-    for part in found.parts:
+    for part in parts:
         small.update(part.dtypes)
     usual = small.most_common(1)[0][0] if small else "F32"
     wide = torch.device(config.device).type == "cpu" and usual != "BF16"
